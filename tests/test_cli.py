@@ -1,0 +1,103 @@
+"""The command line: values, bounds, one-sentence errors, exit status 2."""
+
+from __future__ import annotations
+
+import pickle
+from dataclasses import dataclass
+
+import pytest
+
+from common.cli import Size, UserError, command, defaults_table, option, parse, to_json
+
+
+@dataclass
+class Config:
+    """the method"""
+
+    rate: float = option(0.5, "rate of 100 %", paper=0.5, section="Sec. 1", low=0.0, high=1.0)
+    steps: int = option(7, "steps", low=1)
+    kind: str = option("soft", "kind", choices=("soft", "hard"))
+    crop: Size | None = option(None, "crop")
+    scales: tuple[float, ...] = option((1.0, 2.0), "scales", low=0.1)
+    fine: bool = option(True, "fine")
+    from_: str | None = option(None, "start", identity=False)
+
+
+@dataclass
+class Options:
+    """the machine"""
+
+    toy: bool = option(False, "toy")
+    command: str = ""
+
+
+def read(*argv: str, toy=None):
+    return parse("x.py", "doc", (Config, Options), list(argv), toy)
+
+
+def test_defaults_and_values():
+    cfg, options = read()
+    assert cfg == Config() and options.command == "python x.py"
+    cfg, options = read("--rate", "1e-1", "--crop", "12x7", "--scales", "0.5", "1", "3", "--no-fine", "--from", "a b.pt")
+    assert (cfg.rate, cfg.crop, cfg.scales, cfg.fine, cfg.from_) == (0.1, Size(12, 7), (0.5, 1.0, 3.0), False, "a b.pt")
+    assert options.command.endswith("--from 'a b.pt'")           # can be pasted into a shell
+
+
+def test_toy_values_are_defaults_that_flags_override():
+    toy = {"steps": 3, "rate": 0.25}
+    assert (read("--toy", toy=toy)[0].steps, read("--toy", "--steps", "4", toy=toy)[0].steps) == (3, 4)
+    assert read("--toy", "--steps", "4", toy=toy)[0].rate == 0.25 and read(toy=toy)[0].steps == 7
+
+
+@pytest.mark.parametrize(("argv", "words"), [
+    (["--rat", "0.1"], "--rat 0.1 (did you mean --rate?)"),       # no abbreviations
+    (["--stpes", "3"], "did you mean --steps?"),
+    (["--steps", "1.5"], "--steps: invalid int value: '1.5'"),
+    (["--steps", "0"], "--steps: 0 is below the smallest possible value 1"),
+    (["--rate", "1.01"], "--rate: 1.01 is above the largest possible value 1.0"),
+    (["--rate", "nan"], "--rate: nan is not a finite number"),
+    (["--kind", "softer"], "--kind: invalid choice: 'softer'"),
+    (["--crop", "640"], "--crop: '640' is not a size; write WIDTHxHEIGHT"),
+    (["--crop", "0x5"], "--crop: '0x5' is not a size"),
+    (["--scales", "1", "0"], "--scales: 0 is below the smallest possible value 0.1"),
+    (["--crop"], "--crop: expected one argument"),
+])
+def test_a_mistake_is_one_sentence_and_status_2(argv, words, capsys):
+    with pytest.raises(SystemExit) as stop:
+        read(*argv)
+    out, err = capsys.readouterr()
+    assert stop.value.code == 2 and out == ""
+    assert words in err and err.startswith("x.py: error: ") and err.count("\n") == 1
+
+
+def test_help_shows_the_papers_values(capsys):
+    with pytest.raises(SystemExit) as stop:
+        read("--help")
+    text = " ".join(capsys.readouterr().out.split())
+    assert stop.value.code == 0
+    assert "rate of 100 % [0.5; paper: 0.5 (Sec. 1)]" in text and "[7; paper: †]" in text and "toy [no]" in text
+
+
+def test_user_error_becomes_one_line_and_status_2(capsys):
+    @command
+    def main(argv=None):
+        raise UserError("the file x is missing; make it")
+
+    with pytest.raises(SystemExit) as stop:
+        main([])
+    assert stop.value.code == 2 and capsys.readouterr().err == "test_cli.py: error: the file x is missing; make it\n"
+
+
+def test_json_keeps_what_makes_a_run():
+    cfg = Config(crop=Size(4, 3))
+    assert to_json(cfg)["crop"] == "4x3" and to_json(cfg)["scales"] == [1.0, 2.0]
+    assert "from_" in to_json(cfg) and "from_" not in to_json(cfg, identity_only=True)
+
+
+def test_table_of_defaults():
+    lines = defaults_table(Config).splitlines()
+    assert "| `--rate` | 0.5 | 0.5 (Sec. 1) | rate of 100 % |" in lines and "| `--steps` | 7 | † | steps |" in lines
+
+
+def test_a_size_survives_a_worker_process():
+    assert pickle.loads(pickle.dumps(Size(3, 4))) == Size(3, 4)

@@ -1,0 +1,355 @@
+"""DeepLab v2 and v3+ on torchvision's encoders: `feat, logits = model(x)`, both at feature resolution.
+
+    network  backbone                        feat                              head (the classifier C of G = C o F)
+    v2       resnet101, resnet50, resnet18   layer4, 2048 or 512, stride 8     four dilated 3x3 convolutions, summed
+    v2       vgg16                           fc7, 1024, stride 8               the same
+    v3+      resnet101, resnet50, resnet18   decoder, 256, stride 4            one 1x1 convolution
+
+`model.encoder` keeps torchvision's parameter names (conv1, bn1, layer1..4; features), so that `encoder.` + name maps a
+classification checkpoint onto a model and back. In every network `logits == model.head(feat)`. There is no dropout.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torchvision import models
+from torchvision.models import vgg
+
+from common.cli import UserError
+
+# The weights of the papers' years; torchvision's later IMAGENET1K_V2 come from a stronger training recipe.
+IMAGENET = {
+    "resnet101": models.ResNet101_Weights.IMAGENET1K_V1,
+    "resnet50": models.ResNet50_Weights.IMAGENET1K_V1,
+    "resnet18": models.ResNet18_Weights.IMAGENET1K_V1,
+    "vgg16": models.VGG16_Weights.IMAGENET1K_V1,
+}
+
+
+def upsample(logits: Tensor, size: tuple[int, int]) -> Tensor:
+    """Resize (N, C, h, w) bilinearly, with align_corners=True, to (N, C, H, W); `size` is (H, W), height first."""
+    return F.interpolate(logits, size=tuple(size), mode="bilinear", align_corners=True)
+
+
+def at_least_float32(x: Tensor) -> Tensor:
+    """What a network returns under bfloat16 autocast, as float32: losses and argmax are computed in it."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def dilate(layer: nn.Sequential, first: int, dilations: Sequence[int]) -> None:
+    """Remove the stride of a ResNet layer and dilate its 3x3 convolutions instead, in place.
+
+    Works on Bottleneck and on BasicBlock, which torchvision's replace_stride_with_dilation refuses. With dilations
+    twice `first` (the dilation of the convolution that carried the stride), every second output is what the strided
+    layer would compute. `dilations` holds one number a block, for its other 3x3 convolutions.
+    """
+    for block, dilation in zip(layer, dilations):
+        for conv in block.modules():
+            if isinstance(conv, nn.Conv2d):
+                d = first if conv.stride == (2, 2) else dilation
+                conv.stride = (1, 1)
+                if conv.kernel_size == (3, 3):
+                    conv.dilation = conv.padding = (d, d)
+
+
+def resnet_encoder(backbone: str) -> nn.Module:
+    """torchvision's ResNet, randomly initialised, without its classifier; run by `resnet_features`."""
+    encoder = getattr(models, backbone)(weights=None)
+    del encoder.avgpool, encoder.fc
+    return encoder
+
+
+def resnet_features(encoder: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Outputs of layer1 (stride 4) and of layer4."""
+    low = encoder.layer1(encoder.maxpool(encoder.relu(encoder.bn1(encoder.conv1(x)))))
+    return low, encoder.layer4(encoder.layer3(encoder.layer2(low)))
+
+
+def vgg16_encoder() -> nn.Module:
+    """VGG-16's convolutions at stride 8: pool4 and pool5 removed, conv5_x with dilation 2."""
+    encoder = nn.Module()
+    encoder.features = vgg.make_layers(vgg.cfgs["D"], batch_norm=False)    # models.vgg16 fills 120 M unused weights
+    for i in (23, 30):                                                     # pool4, pool5; no other name may move
+        encoder.features[i] = nn.Identity()
+    for i in (24, 26, 28):
+        encoder.features[i].dilation = encoder.features[i].padding = (2, 2)
+    return init_convs(encoder)
+
+
+def init_convs(module: nn.Module) -> nn.Module:
+    """Kaiming-normal weights and zero biases for all convolutions in `module`, as torchvision's encoders have."""
+    for m in module.modules():
+        if isinstance(m, nn.Conv2d):
+            nn.init.kaiming_normal_(m.weight, mode="fan_out", nonlinearity="relu")
+            if m.bias is not None:
+                nn.init.zeros_(m.bias)
+    return module
+
+
+class BatchNorm(nn.BatchNorm2d):
+    """Batch norm that uses its running statistics where it sees one value a channel, instead of raising."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.numel() == x.shape[1]:
+            return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
+        return super().forward(x)
+
+
+def conv_bn_relu(in_channels: int, out_channels: int, kernel: int = 1, dilation: int = 1) -> nn.Sequential:
+    """Size-preserving convolution without bias, batch norm, ReLU."""
+    conv = nn.Conv2d(in_channels, out_channels, kernel, padding=kernel // 2 * dilation, dilation=dilation, bias=False)
+    return init_convs(nn.Sequential(conv, BatchNorm(out_channels), nn.ReLU(inplace=True)))
+
+
+class SummedASPP(nn.Module):
+    """v2's classifier: 3x3 convolutions with dilations 6, 12, 18 and 24, summed. (N, D, h, w) -> (N, K, h, w)."""
+
+    def __init__(self, in_channels: int, num_classes: int) -> None:
+        super().__init__()
+        self.branches = nn.ModuleList(
+            nn.Conv2d(in_channels, num_classes, 3, padding=d, dilation=d) for d in (6, 12, 18, 24)
+        )
+        for conv in self.branches:
+            nn.init.normal_(conv.weight, 0, 0.01)
+            nn.init.zeros_(conv.bias)
+
+    def forward(self, feat: Tensor) -> Tensor:
+        first, *others = self.branches
+        return sum((conv(feat) for conv in others), first(feat))
+
+
+class ASPP(nn.Module):
+    """v3+'s context: a 1x1, three dilated 3x3 and an image pooling branch. (N, C, h, w) -> (N, 256, h, w)."""
+
+    def __init__(self, in_channels: int) -> None:
+        super().__init__()
+        dilated = [conv_bn_relu(in_channels, 256, 3, d) for d in (6, 12, 18)]
+        self.branches = nn.ModuleList([conv_bn_relu(in_channels, 256), *dilated])
+        self.pool = conv_bn_relu(in_channels, 256)
+        self.project = conv_bn_relu(5 * 256, 256)
+
+    def forward(self, x: Tensor) -> Tensor:
+        pooled = self.pool(x.mean(dim=(2, 3), keepdim=True)).expand(-1, -1, *x.shape[2:])
+        return self.project(torch.cat([*(branch(x) for branch in self.branches), pooled], dim=1))
+
+
+class DeepLab(nn.Module):
+    """What both networks share: the check of their input, frozen batch norm, and rates."""
+
+    head_rate = 1    # the head's learning rate as a multiple of the network's
+
+    def features(self, x: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        if x.dim() != 4 or x.shape[1] != 3:
+            raise ValueError(f"expected images of shape (N, 3, h, w), got {tuple(x.shape)}")
+        feat = self.features(x)
+        return feat, at_least_float32(self.head(feat))              # (N, D, h, w), (N, K, h, w)
+
+    def __init__(self, backbone: str, num_classes: int, feat_channels: int) -> None:
+        super().__init__()
+        self.backbone, self.num_classes, self.feat_channels = backbone, num_classes, feat_channels
+        self.frozen_bn = "none"
+
+    def freeze_bn(self, which: str) -> None:
+        """Freeze the batch norms of "all" modules, of the "encoder", or of "none" (which thaws them).
+
+        Frozen means, also after `model.train()`, that the running statistics are used and kept and that the affine
+        parameters get no gradient. Call it before `parameter_groups`. Raises ValueError for another word.
+        """
+        if which not in ("all", "encoder", "none"):
+            raise ValueError(f"freeze_bn must be all, encoder or none, not {which!r}")
+        self.frozen_bn = which
+        for m in self.modules():
+            if isinstance(m, _BatchNorm):
+                m.requires_grad_(True)
+        for m in self._frozen():
+            m.requires_grad_(False)
+        self.train(self.training)
+
+    def train(self, mode: bool = True) -> DeepLab:
+        super().train(mode)
+        for m in self._frozen():
+            m.eval()
+        return self
+
+    def _frozen(self) -> list[nn.Module]:
+        root = {"all": self, "encoder": self.encoder, "none": nn.Identity()}[self.frozen_bn]
+        return [m for m in root.modules() if isinstance(m, _BatchNorm)]
+
+    def parameter_groups(self, lr: float) -> list[dict]:
+        """Groups for an optimizer, trainable parameters only: v2's head at 10 * lr, everything else at lr."""
+        head = [p for p in self.head.parameters() if p.requires_grad]
+        rest = [p for name, p in self.named_parameters() if p.requires_grad and not name.startswith("head.")]
+        if self.head_rate == 1:
+            return [{"params": rest + head, "lr": lr}]
+        return [{"params": rest, "lr": lr}, {"params": head, "lr": self.head_rate * lr}]
+
+
+class DeepLabV2(DeepLab):
+    """DeepLab v2 (ResNet-101, -50, -18 or VGG-16) at stride 8.
+
+    forward: (N, 3, H, W) float -> feat (N, feat_channels, h, w), logits (N, num_classes, h, w) with h about H/8.
+    Raises: ValueError for an input of another rank or channel count; UserError for an unknown backbone.
+    """
+
+    head_rate = 10
+
+    def __init__(self, backbone: str = "resnet101", num_classes: int = 19) -> None:
+        check_choice("v2", backbone)
+        super().__init__(backbone, num_classes, {"vgg16": 1024, "resnet18": 512}.get(backbone, 2048))
+        if backbone == "vgg16":
+            self.encoder = vgg16_encoder()
+            self.fc6 = init_convs(nn.Conv2d(512, 1024, 3, padding=4, dilation=4))
+            self.fc7 = init_convs(nn.Conv2d(1024, 1024, 3, padding=4, dilation=4))
+        else:
+            self.encoder = resnet_encoder(backbone)
+            dilate(self.encoder.layer3, 1, [2] * len(self.encoder.layer3))
+            dilate(self.encoder.layer4, 2, [4] * len(self.encoder.layer4))
+        self.head = SummedASPP(self.feat_channels, num_classes)
+
+    def features(self, x: Tensor) -> Tensor:
+        if self.backbone == "vgg16":
+            return F.relu(self.fc7(F.relu(self.fc6(self.encoder.features(x)))))
+        return resnet_features(self.encoder, x)[1]
+
+
+class DeepLabV3Plus(DeepLab):
+    """DeepLab v3+ (ResNet-101, -50 or -18): encoder at stride 16, ASPP with image pooling, decoder at stride 4.
+
+    forward: (N, 3, H, W) float -> feat (N, 256, h, w), logits (N, num_classes, h, w) with h about H/4.
+    Raises: ValueError for an input of another rank or channel count; UserError for an unknown backbone or VGG-16.
+    """
+
+    def __init__(self, backbone: str = "resnet101", num_classes: int = 19) -> None:
+        check_choice("v3+", backbone)
+        super().__init__(backbone, num_classes, feat_channels=256)
+        self.encoder = resnet_encoder(backbone)
+        dilate(self.encoder.layer4, 2, (2, 4, 8))                   # ResNet-18 has two blocks: 2, 4
+        low, high = (64, 512) if backbone == "resnet18" else (256, 2048)
+        self.aspp = ASPP(high)
+        self.low = conv_bn_relu(low, 48)
+        self.decoder = nn.Sequential(conv_bn_relu(256 + 48, 256, 3), conv_bn_relu(256, 256, 3))
+        self.head = init_convs(nn.Conv2d(256, num_classes, 1))
+
+    def features(self, x: Tensor) -> Tensor:
+        low, high = resnet_features(self.encoder, x)
+        low = self.low(low)                                         # (N, 48, H/4, W/4)
+        context = upsample(self.aspp(high), low.shape[2:])          # (N, 256, H/4, W/4)
+        return self.decoder(torch.cat([context, low], dim=1))
+
+
+def check_choice(network: str, backbone: str) -> None:
+    """UserError unless this network exists on this backbone."""
+    if network not in ("v2", "v3+"):
+        raise UserError(f"unknown network {network!r}: choose v2 or v3+")
+    if backbone not in IMAGENET:
+        raise UserError(f"unknown backbone {backbone!r}: choose one of {', '.join(IMAGENET)}")
+    if network == "v3+" and backbone == "vgg16":
+        raise UserError("there is no DeepLab v3+ on vgg16: choose a resnet backbone, or network v2")
+
+
+def build_model(network: str, backbone: str, num_classes: int, init: str = "imagenet", freeze_bn: str = "auto",
+                partial_init: bool = False) -> DeepLab:
+    """A network with its initial weights, and its batch norms frozen as asked.
+
+    Args:
+        network: "v2" or "v3+".
+        backbone: "resnet101", "resnet50", "resnet18" or, for v2, "vgg16".
+        num_classes: K, channels of the logits.
+        init: "imagenet", "none" (random) or the path of a state dict or checkpoint; see `load_weights`.
+        freeze_bn: "all", "encoder", "none", or "auto": "none" where init is "none", else "encoder".
+        partial_init: accept a file that does not fill the encoder or whose head has another class count.
+    Raises: UserError for an unknown choice and for weights that cannot be had, cannot be read or do not fit.
+    """
+    check_choice(network, backbone)
+    if freeze_bn not in ("auto", "all", "encoder", "none"):
+        raise UserError(f"unknown freeze-bn {freeze_bn!r}: choose one of auto, all, encoder, none")
+    model = (DeepLabV2 if network == "v2" else DeepLabV3Plus)(backbone, num_classes)
+    load_weights(model, init, partial_init)
+    model.freeze_bn({"auto": "none" if init == "none" else "encoder"}.get(freeze_bn, freeze_bn))
+    return model
+
+
+def load_weights(model: DeepLab, init: str | Path, partial: bool = False) -> str:
+    """Load weights into `model` in place, print what matched, and return the printed line.
+
+    A file holds torchvision's names (its classifier is left out), this project's names, or a checkpoint of this
+    project. The counts leave out num_batches_tracked, which frozen batch norms need not have.
+
+    Args:
+        model: unchanged where an error is raised.
+        init: "imagenet", "none" (nothing is done) or a path.
+        partial: accept missing encoder keys and a head of another class count; what fits is loaded.
+    Raises: UserError naming the file and the way out.
+    """
+    if init == "none":
+        return "--init none: random weights"
+    found = imagenet_weights(model.backbone) if init == "imagenet" else read_weights(init)
+    found = {k.removeprefix("module."): v for k, v in found.items() if isinstance(v, Tensor)}
+    named = found
+    if not any(k.startswith("encoder.") for k in found):
+        named = {f"encoder.{k}": v for k, v in found.items() if not k.startswith(("fc.", "classifier."))}
+
+    own = model.state_dict()
+    fitting = {k: v for k, v in named.items() if k in own and v.shape == own[k].shape}
+    counted = [k for k in own if not k.endswith("num_batches_tracked")]
+    missing = [k for k in counted if k not in fitting]
+    encoder = [k for k in missing if k.startswith("encoder.")]
+    misfit = [k for k in missing if k in named]
+    unexpected = [k for k in named if k not in own and not k.endswith("num_batches_tracked")]
+    if encoder and not partial:
+        raise UserError(
+            f"--init {init} lacks {len(encoder)} encoder keys of {model.backbone}, or has them in another shape "
+            f"({', '.join(encoder[:3])}, ...); give weights of this backbone, or --partial-init to load what fits")
+    if misfit and not partial:
+        key = misfit[0]
+        raise UserError(
+            f"--init {init} has {key} of shape {tuple(named[key].shape)}, but with {model.num_classes} classes it is "
+            f"{tuple(own[key].shape)}; give weights of this class count, or --partial-init for a new head")
+    model.load_state_dict(fitting, strict=False)
+    summary = (
+        f"--init {init}: {len(counted) - len(missing)} keys matched, {len(missing)} missing ({len(encoder)} of the "
+        f"encoder), {len(unexpected)} unexpected, {len(found) - len(named)} of a classifier left out")
+    print(summary)
+    return summary
+
+
+def imagenet_weights(backbone: str) -> dict:
+    """torchvision's ImageNet state dict, from its cache or its download; UserError where neither is to be had."""
+    weights = IMAGENET[backbone]
+    file = Path(torch.hub.get_dir(), "checkpoints", weights.url.rsplit("/", 1)[-1])
+    try:
+        return weights.get_state_dict(map_location="cpu", check_hash=True, weights_only=True)
+    except Exception as error:    # a download or a damaged file raises almost anything
+        cause = f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
+        why = "cannot be read, delete it" if file.exists() else "is not there and did not download"
+        raise UserError(
+            f"ImageNet weights {file.name} in {file.parent}: the file {why} ({cause}); put it there, or give --init "
+            "PATH (a file) or --init none (random weights)") from error
+
+
+def read_weights(path: str | Path) -> dict:
+    """The state dict in a file: the file itself, or its entry "model" or "state" -> "model". UserError otherwise."""
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise UserError(f"--init {path} cannot be read ({error.strerror}); give another path") from error
+    except Exception as error:    # a damaged file raises almost anything, and torch's own text advises unsafe loading
+        raise UserError(
+            f"--init {path} is no readable checkpoint ({type(error).__name__}): it is truncated, of another format, or "
+            "holds more than tensors and plain values; give a state dict written by torch.save") from error
+    for entry in (content.get("state"), content) if isinstance(content, dict) else ():
+        if isinstance(entry, dict) and isinstance(entry.get("model"), dict):
+            content = entry["model"]
+            break
+    if not isinstance(content, dict) or not any(isinstance(v, Tensor) for v in content.values()):
+        raise UserError(f"--init {path} holds no state dict; give one, or a checkpoint whose entry \"model\" is one")
+    return content

@@ -1,0 +1,163 @@
+"""The toy city: the same every time, and readable as the real data sets are."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+from torchvision.io import ImageReadMode, decode_image
+
+from common import toycity
+from common.cli import Size, UserError
+
+SMALL = Size(64, 32)
+CITYSCAPES_IDS = [7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33]
+SYNTHIA_TO_CITYSCAPES = {3: 7, 4: 8, 2: 11, 21: 12, 5: 13, 7: 17, 15: 19, 9: 20, 6: 21, 1: 23, 10: 24, 17: 25, 8: 26,
+                         19: 28, 12: 32, 11: 33}
+
+
+@pytest.fixture(scope="module")
+def city(tmp_path_factory):
+    root = tmp_path_factory.mktemp("toycity")
+    toycity.main([str(root), "--train", "4", "--val", "3", "--size", "96x48"])
+    return root
+
+
+def contents(root):
+    return {str(path.relative_to(root)): path.read_bytes() for path in root.rglob("*") if path.is_file()}
+
+
+def test_same_seed_same_bytes_whatever_the_count(city, tmp_path):
+    toycity.render(tmp_path, train=2, val=1, size=Size(96, 48))
+    fewer, more = contents(tmp_path), contents(city)
+    del fewer["toycity.json"]
+    assert len(fewer) == 2 * 4 + 2 * 2 + 2 + 1 + 2
+    assert {name: more[name] for name in fewer} == fewer
+
+
+def test_seed_domain_and_index_each_change_the_picture():
+    pictures = [toycity.draw(*key, size=SMALL)[0].tobytes()
+                for key in (("game", 0), ("game", 1), ("game", 0, 1), ("camera", 0), ("camera-val", 0))]
+    assert len(set(pictures)) == 5
+
+
+def test_layout_is_complete(city):
+    assert sorted(name for name in contents(city) if "0000" not in name or name.startswith("city")) == sorted(
+        ["toycity.json"] + [
+            f"cityscapes/{kind}/{split}/{town}/{town}_{index:06d}_000019_{end}.png"
+            for kind, end in (("leftImg8bit", "leftImg8bit"), ("gtFine", "gtFine_labelIds"))
+            for split, town, index in (("train", "altstadt", 0), ("train", "kleinstadt", 1), ("train", "neustadt", 2),
+                                       ("train", "altstadt", 3), *(("val", "seestadt", i) for i in range(3)))])
+    for folder, names in (("gta5/images", ["00001", "00002", "00003", "00004"]),
+                          ("gta5/labels", ["00001", "00002", "00003", "00004"]),
+                          ("synthia/RGB", ["0000000", "0000001", "0000002", "0000003"]),
+                          ("synthia/GT/LABELS", ["0000000", "0000001", "0000002", "0000003"]),
+                          ("crosscity/Rome/Images/Train", ["pano_00000"]),
+                          ("crosscity/Rome/Images/Test", ["pano_00000"]),
+                          ("crosscity/Rome/Labels/Test", ["pano_00000_eval"])):
+        assert sorted(path.stem for path in (city / folder).iterdir()) == names, folder
+    for path in city.rglob("*.png"):
+        assert Image.open(path).size == (96, 48), path
+
+
+def test_gta5_labels_are_palette_pngs_of_cityscapes_ids(city):
+    for index in range(4):
+        label = Image.open(city / f"gta5/labels/{index + 1:05d}.png")
+        ids = toycity.draw("game", index, size=Size(96, 48))[1]
+        assert label.mode == "P"
+        assert np.array_equal(np.asarray(label), np.where(ids == toycity.MARKING, 7, ids))
+        colors = np.asarray(label.convert("RGB"))
+        assert (colors[np.asarray(label) == 7] == (128, 64, 128)).all()         # who reads colours sees Cityscapes' own
+        assert (colors[np.asarray(label) == 23] == (70, 130, 180)).all()
+
+
+def test_synthia_labels_are_16_bit_and_agree_with_the_palette_labels(city):
+    instances = 0
+    for index in range(4):
+        pixels = decode_image(str(city / f"synthia/GT/LABELS/{index:07d}.png"), mode=ImageReadMode.UNCHANGED).numpy()
+        gta5 = np.asarray(Image.open(city / f"gta5/labels/{index + 1:05d}.png"))
+        assert pixels.dtype == np.uint16 and pixels.shape == (3, 48, 96)
+        expected = np.where(np.isin(gta5, list(SYNTHIA_TO_CITYSCAPES.values())), gta5, 0)
+        found = np.vectorize(lambda id: SYNTHIA_TO_CITYSCAPES.get(id, 0))(pixels[0])
+        marked = pixels[0] == 22
+        assert np.array_equal(found[~marked], expected[~marked])
+        assert marked.any() and (expected[marked] == 7).all()                   # lane marking lies on the road
+        assert (pixels[1][np.isin(gta5, (7, 8, 11, 21, 23))] == 0).all()
+        instances = max(instances, pixels[1].max())
+        assert (city / f"synthia/RGB/{index:07d}.png").read_bytes() == (
+            city / f"gta5/images/{index + 1:05d}.png").read_bytes()
+    assert instances > 3
+
+
+def test_png16_keeps_every_bit(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 65536, (5, 7, 3), np.uint16)
+    toycity.write_png16(tmp_path / "x.png", pixels)
+    decoded = decode_image(str(tmp_path / "x.png"), mode=ImageReadMode.UNCHANGED)
+    assert np.array_equal(decoded.numpy().transpose(1, 2, 0), pixels)
+
+
+@pytest.mark.parametrize("domain", ["game", "camera"])
+def test_every_class_occurs_in_a_fair_share_of_the_images(domain):
+    labels = [toycity.draw(domain, index, size=Size(128, 64))[1] for index in range(60)]
+    share = {id: np.mean([(label == id).sum() >= 8 for label in labels]) for id in CITYSCAPES_IDS}
+    assert min(share.values()) >= 0.12, share
+    assert set(np.unique(labels)) - {*CITYSCAPES_IDS, toycity.MARKING}, "some pixels must be void"
+
+
+def test_the_domains_differ_in_photometry_and_structure():
+    saturation, road = {}, {}
+    for domain in ("game", "camera"):
+        pictures = [toycity.draw(domain, index, size=SMALL) for index in range(16)]
+        saturation[domain] = np.mean([np.ptp(image.astype(int), axis=-1) for image, _, _ in pictures])
+        road[domain] = np.mean([np.isin(ids, (7, toycity.MARKING)) for _, ids, _ in pictures])
+    assert saturation["game"] > 1.5 * saturation["camera"]
+    assert road["game"] > road["camera"] + 0.05                                 # seen from higher up, and wider
+
+
+def test_ensure_renders_once_and_completes_an_interrupted_rendering(tmp_path, monkeypatch):
+    arguments = dict(train=2, val=1, size=SMALL)
+    drawn = []
+    draw = toycity.draw
+
+    def interrupted(domain, index, seed, size):
+        drawn.append(domain)
+        if domain == "camera-val":
+            raise KeyboardInterrupt
+        return draw(domain, index, seed, size)
+
+    monkeypatch.setattr(toycity, "draw", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        toycity.ensure(tmp_path, **arguments)
+    assert not (tmp_path / "toycity.json").exists()
+    monkeypatch.setattr(toycity, "draw", draw)
+    toycity.ensure(tmp_path, **arguments)
+    assert json.loads((tmp_path / "toycity.json").read_text())["size"] == "64x32"
+    toycity.render(tmp_path / "other", **arguments)
+    whole = contents(tmp_path / "other")
+    assert {name: data for name, data in contents(tmp_path).items() if not name.startswith("other")} == whole
+
+    monkeypatch.setattr(toycity, "draw", None)              # any further rendering would fail
+    toycity.ensure(tmp_path)
+
+
+@pytest.mark.parametrize("marker", ['{"version": 0, "seed": 0}', '{"version": 1, "seed": 7}', "not json", "[1, 2]"])
+def test_ensure_refuses_another_city(tmp_path, marker):
+    (tmp_path / "toycity.json").write_text(marker)
+    with pytest.raises(UserError, match="delete the folder"):
+        toycity.ensure(tmp_path)
+
+
+def test_render_refuses_what_cannot_be(tmp_path, capsys):
+    real = tmp_path / "gta5" / "images" / "24966.png"
+    real.parent.mkdir(parents=True)
+    real.write_bytes(b"precious")
+    with pytest.raises(UserError, match="24966.png is not of this toy city"):
+        toycity.render(tmp_path, train=1, val=1, size=SMALL)
+    assert list(contents(tmp_path)) == ["gta5/images/24966.png"]
+    for flags in (["--train", "0"], ["--size", "8x8"], ["--seed", "-1"]):
+        with pytest.raises(SystemExit) as stop:
+            toycity.main([str(tmp_path / "new"), *flags])
+        assert stop.value.code == 2 and "a toy city needs" in capsys.readouterr().err
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="cannot write below"):
+        toycity.render(tmp_path / "file", train=1, val=1, size=SMALL)

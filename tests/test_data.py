@@ -1,0 +1,390 @@
+"""common/data.py on files made byte by byte."""
+
+from __future__ import annotations
+
+import multiprocessing
+import struct
+import zlib
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from common.cli import Size
+from common.data import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    Augment,
+    DataError,
+    IterationSampler,
+    Pair,
+    SegmentationDataset,
+    class_list,
+    derive_seed,
+    find_pairs,
+    read_image,
+    read_label,
+    save_label,
+    sweep_loader,
+    training_loader,
+)
+
+GTA, SYN = class_list("gta5"), class_list("synthia")
+# Worked out by hand from the datasets' id lists: Cityscapes id -> class index with 19 and with 16 classes, and
+# SYNTHIA id -> class index with 16.
+CITY_19 = dict(zip([7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33], range(19)))
+CITY_16 = {7: 0, 8: 1, 11: 2, 12: 3, 13: 4, 17: 5, 19: 6, 20: 7, 21: 8, 23: 9, 24: 10, 25: 11, 26: 12, 28: 13, 32: 14,
+           33: 15}
+SYNTHIA_16 = {3: 0, 4: 1, 2: 2, 21: 3, 5: 4, 7: 5, 15: 6, 9: 7, 6: 8, 1: 9, 10: 10, 17: 11, 8: 12, 19: 13, 12: 14,
+              11: 15}
+
+
+def write_png(path, pixels: np.ndarray, colour: int, palette: bytes = b"", rows: int | None = None):
+    """A PNG with `pixels` (h,w) or (h,w,c), uint8 or uint16; colour type 0 grey, 2 RGB, 3 palette."""
+    def chunk(kind: bytes, body: bytes) -> bytes:
+        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+    big_endian = pixels.astype(pixels.dtype.newbyteorder(">"))
+    data = zlib.compress(b"".join(b"\0" + row.tobytes() for row in big_endian[:rows]))
+    header = struct.pack(">IIBBBBB", pixels.shape[1], pixels.shape[0], 8 * pixels.itemsize, colour, 0, 0, 0)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"PLTE", palette) * bool(palette)
+                     + chunk(b"IDAT", data) + chunk(b"IEND", b""))
+    return path
+
+
+def noise(h: int, w: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (h, w, 3)).astype(np.uint8)
+
+
+def gta5(root, count: int = 6, size=(12, 16)):
+    """A small GTA5 tree with random images and palette labels."""
+    for i in range(count):
+        write_png(root / f"gta5/images/{i:05}.png", noise(*size, i), 2)
+        write_png(root / f"gta5/labels/{i:05}.png", noise(*size, i)[..., 0] % 35, 3, bytes(range(105)))
+    return root
+
+
+def dataset_of(root, **kwargs) -> SegmentationDataset:
+    return SegmentationDataset(find_pairs(root, "gta5"), "gta5", GTA, kwargs.pop("size", None), **kwargs)
+
+
+def test_class_lists():
+    assert len(GTA) == 19 and GTA.train_ids == tuple(range(19)) and GTA.means == {"mIoU": tuple(range(19))}
+    assert SYN.train_ids == (0, 1, 2, 3, 4, 5, 6, 7, 8, 10, 11, 12, 13, 15, 17, 18)
+    assert SYN.names[9] == "sky" and SYN.names[15] == "bicycle" and SYN.colors[9] == (70, 130, 180)
+    assert SYN.means == {"mIoU": tuple(range(16)), "mIoU*": (0, 1, 2, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15)}
+    cross = class_list("cityscapes", "crosscity")
+    assert len(cross) == 19 and cross.means == {"mIoU": (0, 1, 2, 6, 7, 8, 10, 11, 12, 13, 15, 17, 18)}
+
+
+@pytest.mark.parametrize("dataset, classes, table, ids", [
+    ("gta5", GTA, CITY_19, [*range(35), 255]), ("cityscapes", GTA, CITY_19, [*range(34), 255]),
+    ("cityscapes", SYN, CITY_16, [*range(34), 255]), ("crosscity", GTA, CITY_19, [*range(34), 255]),
+])
+@pytest.mark.parametrize("colour", [0, 3])
+def test_grey_and_palette_labels_hold_ids(tmp_path, dataset, classes, table, ids, colour):
+    palette = bytes(3 * [200]) + bytes(range(253)) + bytes(512)  # any colours: they must not matter
+    path = write_png(tmp_path / "label.png", np.array([ids], np.uint8), colour, palette if colour == 3 else b"")
+    assert read_label(path, dataset, classes)[0].tolist() == [table.get(i, 255) for i in ids]
+
+
+def test_synthia_labels_are_the_first_of_16_bit_channels(tmp_path):
+    ids = np.arange(23, dtype=np.uint16)
+    path = write_png(tmp_path / "label.png", np.stack([ids, ids * 2000, 0 * ids], axis=-1)[None], 2)
+    assert read_label(path, "synthia", SYN)[0].tolist() == [SYNTHIA_16.get(i, 255) for i in range(23)]
+    assert read_label(path, "synthia", GTA)[0, 19] == 15         # with 19 classes a bus is 15, not 13
+    write_png(path, np.stack([ids, ids, ids], axis=-1).astype(np.uint8)[None], 2)
+    with pytest.raises(DataError, match="label.png must be a 16-bit RGB PNG"):
+        read_label(path, "synthia", SYN)
+
+
+@pytest.mark.parametrize("dataset, ids, named", [
+    ("gta5", [7, 35, 200], "35, 200"), ("cityscapes", [7, 34, 99], "34, 99"), ("crosscity", [34], "34"),
+    ("synthia", [3, 23, 255], "23, 255"), ("synthia", [256 * 3], "768"),
+])
+def test_undefined_ids_are_named(tmp_path, dataset, ids, named):
+    pixels = np.array([ids], np.uint16 if dataset == "synthia" else np.uint8)
+    path = write_png(tmp_path / "x.png", np.stack([pixels] * 3, -1) if dataset == "synthia" else pixels,
+                     2 if dataset == "synthia" else 0)
+    with pytest.raises(DataError, match=rf"x.png has ids that {dataset} does not define: {named}$"):
+        read_label(path, dataset, SYN)
+
+
+def test_labels_of_another_pixel_type_are_refused(tmp_path):
+    for pixels, colour in ((noise(2, 2), 2), (np.full((2, 2), 7, np.uint16), 0)):
+        path = write_png(tmp_path / "x.png", pixels, colour)
+        with pytest.raises(DataError, match="x.png must be an 8-bit PNG with one channel"):
+            read_label(path, "cityscapes", GTA)
+    for shape, colour in (((2, 2), 0), ((2, 2, 3), 2)):
+        path = write_png(tmp_path / "x.png", np.full(shape, 7, np.uint16), colour)
+        with pytest.raises(DataError, match="x.png is not an 8-bit image"):
+            read_image(path)
+
+
+def test_images_are_rgb(tmp_path):
+    pixels = noise(20, 30)
+    for save in ({"format": "PNG"}, {"format": "JPEG", "quality": 95}):
+        for mode in ("RGB", "L", *(("CMYK",) if save["format"] == "JPEG" else ("RGBA", "P"))):
+            Image.fromarray(pixels).convert(mode).save(tmp_path / "x", **save)
+            with Image.open(tmp_path / "x") as file:
+                expected = np.array(file.convert("RGB"))
+            image = read_image(tmp_path / "x")
+            assert image.dtype == torch.uint8
+            tolerance = 2 if mode == "CMYK" else 0               # the two libraries round the black channel differently
+            assert np.abs(image.permute(1, 2, 0).numpy().astype(int) - expected).max() <= tolerance
+
+
+def _read_in_another_process(path, kind, answer):
+    try:
+        read_image(path) if kind == "image" else read_label(path, kind, SYN)
+        answer.put("read without an error")
+    except DataError as error:
+        answer.put(str(error))
+
+
+@pytest.mark.parametrize("kind", ["image", "jpeg", "gta5", "synthia"])
+def test_damaged_files_are_errors_that_name_them(tmp_path, kind):
+    """In another process, because a decoder that meets a damaged file may take the process with it."""
+    path = tmp_path / "x.png"
+    if kind == "jpeg":
+        Image.fromarray(noise(64, 64)).save(path, format="JPEG")
+    elif kind == "synthia":
+        write_png(path, (noise(64, 64) % 23).astype(np.uint16), 2)
+    else:
+        write_png(path, noise(64, 64) if kind == "image" else noise(64, 64)[..., 0] % 34, 2 if kind == "image" else 0)
+    whole = path.read_bytes()
+    half = len(whole) // 2
+    damages = {"cut": whole[:half], "short": whole[:-30], "zeros": whole[:half] + bytes(len(whole) - half),
+               "empty": b"", "text": b"version https://git-lfs.github.com/spec/v1\n"}
+    if kind != "jpeg":                                           # JPEG has no checksums
+        damages["bit"] = whole[:half] + bytes([whole[half] ^ 1]) + whole[half + 1:]
+    if kind == "synthia":                                        # whole by its checksums, but rows are missing
+        rows = write_png(tmp_path / "y.png", (noise(64, 64) % 23).astype(np.uint16), 2, rows=40)
+        damages["rows"] = rows.read_bytes()
+    for name, data in {**damages, "missing": None}.items():
+        path.unlink() if data is None else path.write_bytes(data)
+        context = multiprocessing.get_context("fork")
+        answer = context.SimpleQueue()
+        process = context.Process(target=_read_in_another_process,
+                                  args=(path, "image" if kind == "jpeg" else kind, answer))
+        process.start()
+        process.join()
+        assert process.exitcode == 0, name
+        reason = "No such file or directory" if data is None else "the file is damaged, truncated or not an image"
+        assert answer.get() == f"cannot read {path}: {reason}", name
+
+
+def touch(root, *names):
+    for name in names:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).touch()
+
+
+def test_find_pairs_in_each_layout(tmp_path):
+    touch(tmp_path, "gta5/images/00002.png", "gta5/images/00001.png", "gta5/labels/00001.png", "gta5/labels/00002.png",
+          "gta5/images/._00001.png", "gta5/images/Thumbs.db", "translated/00001.png", "translated/00002.png")
+    pairs = find_pairs(tmp_path, "gta5")
+    assert pairs == [Pair(tmp_path / f"gta5/images/{n}.png", tmp_path / f"gta5/labels/{n}.png", n)
+                     for n in ("00001", "00002")]
+    moved = find_pairs(tmp_path, "gta5", images=tmp_path / "translated")
+    assert [p.image for p in moved] == [tmp_path / "translated/00001.png", tmp_path / "translated/00002.png"]
+    assert [p[1:] for p in moved] == [p[1:] for p in pairs]
+
+    touch(tmp_path, "synthia/RGB/0000000.png", "synthia/GT/LABELS/0000000.png")
+    assert find_pairs(tmp_path, "synthia")[0].label == tmp_path / "synthia/GT/LABELS/0000000.png"
+
+    stem = "ulm/ulm_000000_000019"
+    touch(tmp_path, *(f"cityscapes/leftImg8bit/{split}/{stem}_leftImg8bit.png" for split in ("train", "val")),
+          f"cityscapes/gtFine/val/{stem}_gtFine_labelIds.png", f"cityscapes/gtFine/val/{stem}_gtFine_color.png")
+    assert find_pairs(tmp_path, "cityscapes", labels=False) == [
+        Pair(tmp_path / f"cityscapes/leftImg8bit/train/{stem}_leftImg8bit.png", None, stem)]
+    val = find_pairs(tmp_path, "cityscapes", "val")[0]
+    assert (val.name, val.label) == (stem, tmp_path / f"cityscapes/gtFine/val/{stem}_gtFine_labelIds.png")
+
+    touch(tmp_path, "crosscity/Rio/Images/Train/a.png", "crosscity/Rio/Images/Train/b.jpg",
+          "crosscity/Rio/Images/Test/c.jpg", "crosscity/Rio/Labels/Test/c_eval.png")
+    assert [p[1:] for p in find_pairs(tmp_path, "crosscity", city="Rio")] == [(None, "a"), (None, "b")]
+    assert find_pairs(tmp_path, "crosscity", "val", city="Rio")[0].label.name == "c_eval.png"
+    with pytest.raises(DataError, match="no city 'Paris' in .*: choose one of Rio$"):
+        find_pairs(tmp_path, "crosscity", city="Paris")
+
+
+def test_what_is_missing_is_named(tmp_path):
+    touch(tmp_path, "gta5/images/1.png", "gta5/images/2.png", "gta5/labels/1.png")
+    with pytest.raises(DataError, match=r"gta5/labels/2.png is missing$"):
+        find_pairs(tmp_path, "gta5")
+    touch(tmp_path, "gta5/labels/2.png", "gta5/labels/3.png")
+    with pytest.raises(DataError, match=r"gta5/images/3.png is missing$"):
+        find_pairs(tmp_path, "gta5")
+    touch(tmp_path, "gta5/images/3.png", "other/1.png", "other/2.png")
+    with pytest.raises(DataError, match=r"other/3.png is missing$"):
+        find_pairs(tmp_path, "gta5", images=tmp_path / "other")
+    touch(tmp_path, "cityscapes/leftImg8bit/train/ulm/a_leftImg8bit.png")
+    with pytest.raises(DataError) as error:
+        find_pairs(tmp_path, "cityscapes")
+    assert f"{tmp_path}/cityscapes/gtFine/train has no cityscapes files" in str(error.value)
+    assert "gtFine/train/aachen/aachen_000000_000019_gtFine_labelIds.png" in str(error.value)
+    assert str(error.value).endswith(f"found in {tmp_path}/cityscapes: leftImg8bit/")
+    with pytest.raises(DataError, match="gta5 has no split 'val'"):
+        find_pairs(tmp_path, "gta5", "val")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match="found in .*/empty: nothing"):
+        find_pairs(tmp_path / "empty", "synthia")
+    touch(tmp_path, "crosscity/Rio/Images/Train/a.png", "crosscity/Rio/Images/Train/a.jpg")
+    with pytest.raises(DataError, match="same name"):
+        find_pairs(tmp_path, "crosscity", city="Rio")
+
+
+def test_only_gta5_labels_may_differ_in_size_from_their_image(tmp_path):
+    image = write_png(tmp_path / "image.png", noise(4, 6), 2)
+    label = write_png(tmp_path / "label.png", np.array([[7, 8, 11], [12, 13, 17]], np.uint8), 0)
+    pair = Pair(image, label, "image")
+    with pytest.warns(UserWarning, match=r"label.png is 3x2, its image .*image.png 6x4"):
+        resized = SegmentationDataset([pair], "gta5", GTA, None)[0][1]
+    assert resized.tolist() == [[0, 0, 1, 1, 2, 2]] * 2 + [[3, 3, 4, 4, 5, 5]] * 2
+    with pytest.raises(DataError, match=r"label.png is 3x2, its image .*image.png 6x4"):
+        SegmentationDataset([pair], "cityscapes", GTA, None)[0]
+
+
+def test_evaluation_items_keep_the_labels_resolution(tmp_path):
+    dataset = dataset_of(gta5(tmp_path, 1, (12, 16)), size=Size(8, 6), augment=Augment(flip=True, jitter=1.0))
+    image, label, name = dataset[0]
+    assert (image.shape, label.shape, name) == ((3, 6, 8), (12, 16), "00000")
+    assert (image.dtype, label.dtype) == (torch.float32, torch.int64)
+    assert label.tolist() == [[CITY_19.get(i, 255) for i in row] for row in (noise(12, 16)[..., 0] % 35).tolist()]
+    small = noise(12, 16).reshape(6, 2, 8, 2, 3).mean((1, 3))     # halving, antialiased: close to the mean of 2x2
+    shown = image * torch.tensor(IMAGENET_STD).view(3, 1, 1) + torch.tensor(IMAGENET_MEAN).view(3, 1, 1)
+    assert np.corrcoef(shown.permute(1, 2, 0).flatten(), small.ravel())[0, 1] > 0.85
+    unlabelled = SegmentationDataset([dataset.pairs[0]._replace(label=None)], "gta5", GTA, Size(8, 6))[0][1]
+    assert unlabelled.shape == (6, 8) and (unlabelled == 255).all()
+
+
+def test_image_label_and_maps_move_together(tmp_path):
+    """Red is the column and green the row, so the image itself says where each pixel of label and maps comes from."""
+    h, w = 60, 80
+    y, x = np.mgrid[:h, :w]
+    ids = np.array(sorted(CITY_19))
+    image = write_png(tmp_path / "image.png", np.stack([3 * x, 3 * y, 0 * x], -1).astype(np.uint8), 2)
+    label = write_png(tmp_path / "label.png", ids[x % 19].astype(np.uint8), 0)
+    for folder, values in (("columns", x), ("rows", y)):
+        write_png(tmp_path / folder / "image.png", values.astype(np.uint8), 0)
+    augment = Augment(flip=True, scale=(0.6, 1.9), crop=Size(70, 50))
+    dataset = SegmentationDataset([Pair(image, label, "image")], "gta5", GTA, None, augment,
+                                  maps=[tmp_path / "columns", tmp_path / "rows"])
+    flipped, padded, unpadded = set(), 0, 0
+    for seed in range(24):
+        image, label, _, columns, rows = dataset[0, seed]
+        assert image.shape == (3, 50, 70) and label.shape == columns.shape == rows.shape == (50, 70)
+        inside = columns != 255
+        padded, unpadded = padded + (~inside).any().item(), unpadded + inside.all().item()
+        assert torch.equal(inside, rows != 255) and torch.equal(inside, label != 255)
+        assert torch.equal(label[inside], columns[inside] % 19)
+        assert (image[:, ~inside].abs() < 0.01).all()            # padding is the mean colour, 0 once normalised
+        shown = image * torch.tensor(IMAGENET_STD).view(3, 1, 1) + torch.tensor(IMAGENET_MEAN).view(3, 1, 1)
+        assert (shown[0] * 85 - columns)[inside].abs().max() < 0.68  # half a pixel and the rounding
+        assert (shown[1] * 85 - rows)[inside].abs().max() < 0.68
+        row = columns[inside.any(1)][0]
+        flipped.add(bool(row[row != 255][0] > row[row != 255][-1]))
+    assert flipped == {True, False} and padded and unpadded
+
+
+def test_training_items_are_resized_before_they_are_cropped(tmp_path):
+    write_png(tmp_path / "maps/00000.png", np.array([[1, 2], [3, 4]], np.uint8), 0)
+    dataset = dataset_of(gta5(tmp_path, 1, (12, 16)), size=Size(8, 6), maps=[tmp_path / "maps"])
+    image, label, _, values = dataset[0, 5]
+    assert image.shape == (3, 6, 8) and label.shape == values.shape == (6, 8)
+    assert values.dtype == torch.int64 and values[2, 3] == 1 and values[2, 4] == 2 and values[3, 3] == 3
+    with pytest.raises(DataError, match="maps/00001.png is missing"):
+        dataset_of(gta5(tmp_path, 2), maps=[tmp_path / "maps"])
+
+
+def test_jitter_and_alter_change_the_image_only(tmp_path):
+    gta5(tmp_path, 1)
+    plain, seen = dataset_of(tmp_path)[0, 3], []
+
+    def alter(image, seed):
+        seen.append((image.dtype, tuple(image.shape), 0 <= image.min() <= image.max() <= 1, seed))
+        return 1 - image
+
+    jittered, altered = dataset_of(tmp_path, augment=Augment(jitter=0.5))[0, 3], dataset_of(tmp_path, alter=alter)[0, 3]
+    assert not torch.equal(jittered[0], plain[0]) and torch.equal(jittered[1], plain[1])
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))
+    torch.testing.assert_close(altered[0] * std + mean, 1 - (plain[0] * std + mean))
+    assert seen == [(torch.float32, (3, 12, 16), True, 3)]
+
+
+def test_an_item_is_a_function_of_index_and_seed(tmp_path):
+    augment = Augment(flip=True, jitter=0.5, scale=(0.5, 2.0), crop=Size(300, 200))
+    dataset = dataset_of(gta5(tmp_path, 2, (240, 320)), augment=augment)
+    threads, state = torch.get_num_threads(), torch.get_rng_state()
+    first = [dataset[1, seed][0] for seed in range(4)]
+    assert torch.equal(torch.get_rng_state(), state)             # the run's own random numbers are not touched
+    torch.manual_seed(99)
+    try:
+        torch.set_num_threads(1 if threads > 1 else 2)
+        assert all(torch.equal(dataset[1, seed][0], first[seed]) for seed in range(4))
+    finally:
+        torch.set_num_threads(threads)
+    assert not any(torch.equal(first[0], other) for other in first[1:])
+
+
+def test_sampler_covers_each_epoch_once_and_is_the_same_for_any_split(tmp_path):
+    one = list(IterationSampler(7, 4, 14, seed=3))
+    indices = [index for batch in one for index, _ in batch]
+    epochs = [indices[i:i + 7] for i in range(0, 56, 7)]
+    assert all(sorted(epoch) == list(range(7)) for epoch in epochs) and len({tuple(e) for e in epochs}) > 5
+    assert len({seed for batch in one for _, seed in batch}) == 56
+    assert one != list(IterationSampler(7, 4, 14, seed=4))
+    assert list(IterationSampler(7, 4, 14, seed=3, start=9)) == one[9:] and len(IterationSampler(7, 4, 14, 3, 9)) == 5
+    ranks = [list(IterationSampler(7, 2, 14, seed=3, rank=rank, world=2)) for rank in range(2)]
+    assert [a + b for a, b in zip(*ranks)] == one
+    assert derive_seed(1, "a") != derive_seed(1, "b") and derive_seed(0, 1, 2) == 5458876493991123480
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
+def test_batches_do_not_depend_on_workers_or_on_the_start(tmp_path):
+    augment = Augment(flip=True, jitter=0.5, scale=(0.8, 1.2), crop=Size(260, 200))
+    dataset = dataset_of(gta5(tmp_path, 5, (220, 280)), augment=augment)
+    state = torch.get_rng_state()
+    expected = list(training_loader(dataset, 2, 5, seed=1))
+    for workers, start in ((1, 0), (3, 0), (0, 3), (1, 3)):
+        batches = list(training_loader(dataset, 2, 5, seed=1, start=start, workers=workers))
+        assert len(batches) == 5 - start
+        for (image, label, names), (image_, label_, names_) in zip(batches, expected[start:]):
+            assert torch.equal(image, image_) and torch.equal(label, label_) and list(names) == list(names_)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert expected[0][0].shape == (2, 3, 200, 260) and expected[0][1].shape == (2, 200, 260)
+
+
+def test_sweep_visits_every_image_once(tmp_path):
+    dataset = dataset_of(gta5(tmp_path, 5))
+    names = [[name for _, _, (name,) in sweep_loader(dataset, rank=rank, world=2)] for rank in range(2)]
+    assert names == [["00000", "00002", "00004"], ["00001", "00003"]]
+    assert [name for _, _, (name,) in sweep_loader(dataset)] == [f"{i:05}" for i in range(5)]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_workers_error_arrives_as_one_sentence(tmp_path, workers):
+    dataset = dataset_of(gta5(tmp_path, 1))
+    path = dataset.pairs[0].image
+    path.write_bytes(path.read_bytes()[:200])
+    with pytest.raises(DataError) as error:
+        next(iter(training_loader(dataset, 1, 1, seed=0, workers=workers)))
+    assert str(error.value) == f"cannot read {path}: the file is damaged, truncated or not an image"
+
+
+def test_saved_labels_come_back_and_failures_leave_nothing(tmp_path):
+    label = torch.tensor([[0, 18, 255]])
+    save_label(tmp_path / "a/b/c.png", label)
+    assert np.array(Image.open(tmp_path / "a/b/c.png")).tolist() == label.tolist()
+    assert [path.name for path in (tmp_path / "a/b").iterdir()] == ["c.png"]
+    with pytest.raises(ValueError, match="0..255"):
+        save_label(tmp_path / "a/b/c.png", label - 1)
+    with pytest.raises(DataError, match="cannot write .*c.png/d.png"):
+        save_label(tmp_path / "a/b/c.png/d.png", label)
+    (tmp_path / "a/b/e.png").mkdir()
+    with pytest.raises(DataError, match="cannot write .*e.png"):
+        save_label(tmp_path / "a/b/e.png", label)
+    assert sorted(path.name for path in (tmp_path / "a/b").iterdir()) == ["c.png", "e.png"]

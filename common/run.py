@@ -1,0 +1,535 @@
+"""A run: its folder, device, random states, log, checkpoints, and the iteration loop that survives being killed.
+
+Nothing here knows a method. A script's stage reads
+
+    state = {"model": model, "optimizer": optimizer}
+    for it, (x, y) in run.stage("source", cfg.source_iterations, state, source, batch_size=cfg.batch_size):
+        ...                                             # forward passes, losses, backward pass: the method
+        run.report(seg=loss)
+
+and `run.stage` sets the learning rates, moves the batches, logs, saves, resumes and stops cleanly.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import random
+import signal
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from common import data, metrics, viz
+from common.cli import UserError, flag, option, to_json
+
+
+@dataclass
+class Options:
+    """where things are and how they run"""
+
+    data: str = option("data", "folder that holds gta5/, synthia/, cityscapes/, crosscity/", identity=False)
+    source_images: str | None = option(None, "take the source images from this folder instead (same file names)")
+    init: str = option("imagenet", "initial weights: imagenet, none, or a file with a state dict")
+    partial_init: bool = option(False, "accept an --init file that lacks weights of the encoder")
+    target_labels: bool = option(False, "train the source stage on the labelled target: an upper bound, not adaptation")
+    runs: str = option("runs", "folder that holds the run folders", identity=False)
+    tag: str | None = option(None, "suffix of the run folder's name", identity=False)
+    seed: int = option(0, "seed of weights, data order and augmentation", low=0)
+    device: str = option("auto", "where to compute", choices=("auto", "cuda", "mps", "cpu"), identity=False)
+    amp: str = option("none", "bf16: run the networks in bfloat16 autocast (losses stay float32)", choices=("none", "bf16"))
+    channels_last: bool = option(False, "keep images and weights in channels-last memory format")
+    workers: int = option(4, "processes that load images; 0 loads in the main process", low=0, identity=False)
+    eval_every: int = option(0, "evaluate every so many iterations for the curves; 0 only at the end of a stage", low=0,
+                             identity=False)
+    log_every: int = option(50, "iterations between two log lines", low=1, identity=False)
+    save_every: int = option(500, "iterations between two checkpoints for resuming", low=1, identity=False)
+    stage: str | None = option(None, "run only this stage", identity=False)
+    from_: str | None = option(None, "a checkpoint of another run: start after the stage that it finished")
+    eval: bool = option(False, "only evaluate: --from CHECKPOINT, or --init FILE, or the run's last stage", identity=False)
+    toy: bool = option(False, "render the toy city if needed and use the script's small settings")
+    command: str = ""
+
+
+class Run:
+    """One run of a script in its own folder.
+
+    Args:
+        method: the script's name, the first part of the folder's name.
+        cfg, options: what `cli.parse` gave.
+        stages: the names of the script's stages, in order.
+    Raises: UserError for a changed configuration, an unknown stage, a device that is not there.
+    """
+
+    def __init__(self, method: str, cfg, options: Options, stages: tuple[str, ...]):
+        self.cfg, self.options, self.method, self.stages = cfg, options, method, stages
+        if options.stage and options.stage not in stages:
+            raise UserError(f"--stage {options.stage} is unknown; the stages are {', '.join(stages)}")
+        self.device = choose_device(options.device)
+        city = f"-{cfg.city.lower()}" if getattr(cfg, "target", "") == "crosscity" else ""
+        tag = options.tag or ("toy" if options.toy else "")
+        self.folder = Path(options.runs) / (f"{method}-{cfg.source}{city}" + (f"-{tag}" if tag else ""))
+        self.selected = self._selected_stages()
+        self._stop = False
+        self._watched: tuple | None = None
+        self._losses: list[dict[str, Tensor]] = []
+        if not options.eval:
+            self._check_config()
+
+    # ---------------------------------------------------------------- stages
+
+    def stage(self, name: str, iterations: int, state: dict, *datasets, batch_size: int):
+        """Yield `(iteration, batch, ...)` for the iterations that this stage still has to do.
+
+        Args:
+            name: the stage; decides the random streams and the checkpoint's name.
+            iterations: its length, also the horizon of the poly rate.
+            state: everything that must survive: modules and optimizers (anything with `state_dict`) and tensors.
+            datasets: one `SegmentationDataset` or more; each gives a batch `(image, label, *maps)` on the device.
+            batch_size: images a batch, of each dataset.
+        A finished stage yields nothing and loads its checkpoint into `state`; a stage that is not selected yields nothing.
+        """
+        if self.finished(name):
+            load_state(read_checkpoint(self.folder / f"{name}.pt")["state"], state)
+            return
+        if name not in self.selected:
+            return
+        with writing(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(self.folder / "config.json", json.dumps(self._config(), indent=1).encode())
+        self.seed(name)
+        optimizers = [value for value in state.values() if isinstance(value, torch.optim.Optimizer)]
+        for group in (group for optimizer in optimizers for group in optimizer.param_groups):
+            group.setdefault("initial_lr", group["lr"])
+        start = self._resume(name, state)
+        loaders = [data.training_loader(dataset, batch_size, iterations, data.derive_seed(self.options.seed, name, k),
+                                        start=start, workers=self.options.workers, pin=self.device.type == "cuda")
+                   for k, dataset in enumerate(datasets)]
+        clock = Clock(iterations - start)
+        with self._signals():
+            for it, batches in zip(range(start, iterations), zip(*loaders, strict=True), strict=False):
+                for group in (group for optimizer in optimizers for group in optimizer.param_groups):
+                    group["lr"] = poly_rate(group["initial_lr"], it, iterations)
+                yield it, *(self._to_device(batch) for batch in batches)
+                done = it + 1
+                if done % self.options.log_every == 0 or done == iterations:
+                    self._flush(name, done, iterations, optimizers, clock)
+                if self._watched and self.options.eval_every and done % self.options.eval_every == 0 and done < iterations:
+                    self._look(name, done)
+                if self._stop or (done % self.options.save_every == 0 and done < iterations):
+                    self._flush(name, done, iterations, optimizers, clock)
+                    self._save("last", name, done, state, complete=True)
+                if self._stop:
+                    self._stop_here()
+        self._save(name, name, iterations, state, complete=False)
+        (self.folder / "last.pt").unlink(missing_ok=True)
+        self._draw_curves()
+
+    def report(self, **losses: Tensor) -> None:
+        """Note this iteration's losses (0-d tensors). They are looked at, and logged, every `--log-every` iterations."""
+        self._losses.append({name: loss.detach() for name, loss in losses.items()})
+
+    def watch(self, model: nn.Module, dataset, classes) -> None:
+        """With --eval-every, log this model's mIoU on `dataset` during the stages (for the curves; decides nothing)."""
+        self._watched = (model, dataset, classes)
+
+    def finished(self, name: str) -> bool:
+        return (self.folder / f"{name}.pt").exists()
+
+    def trains(self, name: str) -> bool:
+        """Whether this start of the script still has iterations of a stage to do."""
+        return name in self.selected and not self.finished(name)
+
+    def reaches(self, name: str) -> bool:
+        """Whether a stage is finished or gets finished by this start of the script."""
+        return name in self.selected or self.finished(name)
+
+    def sweep(self, what: str, dataset, augmented: bool = False):
+        """Yield `(image, label, names, *maps)` once for each image of a dataset, one at a time, on the device."""
+        loader = data.sweep_loader(dataset, workers=self.options.workers, pin=self.device.type == "cuda")
+        clock = Clock(len(loader))
+        with self._signals():
+            for k, (image, label, names, *maps) in enumerate(loader):
+                yield self._image(image), label.to(self.device), names, *(m.to(self.device) for m in maps)
+                if self._stop:
+                    self._stop_here()
+                clock.live(f"{what}: image {k + 1} of {len(loader)}", k + 1)
+        clock.clear()
+
+    # ------------------------------------------------------- models, precision, seeds
+
+    def seed(self, *names) -> None:
+        """Seed every random state from (--seed, names): what follows does not depend on what ran before."""
+        value = data.derive_seed(self.options.seed, *names)
+        random.seed(value)
+        np.random.seed(value % 2**32)
+        torch.manual_seed(value)
+
+    def place(self, module: nn.Module) -> nn.Module:
+        """Move a module to the run's device and memory format."""
+        return module.to(self.device, memory_format=self._layout())
+
+    def autocast(self):
+        """The context for forward passes: bfloat16 with --amp bf16, nothing otherwise."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.options.amp == "bf16")
+
+    def start_from(self, model: nn.Module) -> None:
+        """Load the model of `--from CHECKPOINT`, if given, into `model`."""
+        if self.options.from_:
+            checkpoint = read_checkpoint(Path(self.options.from_))
+            load_state({"model": checkpoint["state"]["model"]}, {"model": model})
+
+    def load_latest(self, model: nn.Module) -> str:
+        """For --eval: load --from's model, else keep an --init file that is not this run's own, else the run's last stage.
+
+        Returns: the name under which to report. Raises: UserError if there is nothing to evaluate.
+        """
+        if self.options.from_:
+            self.start_from(model)
+            return Path(self.options.from_).stem
+        config = self.folder / "config.json"
+        own = config.exists() and json.loads(config.read_text()).get("init") == self.options.init
+        if self.options.init not in ("imagenet", "none") and not own:
+            return Path(self.options.init).stem
+        done = [name for name in self.stages if self.finished(name)]
+        if not done:
+            raise UserError(f"there is nothing to evaluate in {self.folder}; train first, or give --from CHECKPOINT")
+        load_state({"model": read_checkpoint(self.folder / f"{done[-1]}.pt")["state"]["model"]}, {"model": model})
+        return done[-1]
+
+    # ------------------------------------------------------------------ results
+
+    def evaluate(self, name: str, model: nn.Module, dataset, classes, tests: dict[str, dict]) -> None:
+        """Evaluate a finished stage once, keep the result in results.json, print the table, write a picture.
+
+        Args:
+            name: the stage.
+            dataset: labelled target images.
+            tests: name of each test mode -> keyword arguments of `metrics.predict` (scales, flip).
+        """
+        results = self.results()
+        if name not in results and (self.finished(name) or self.options.eval):
+            results[name] = {}
+            for test, how in tests.items():
+                with self.autocast():
+                    matrix = metrics.evaluate(model, self.sweep(f"{name}, {test}", dataset), len(classes), self.device, **how)
+                results[name][test] = summary(matrix, classes)
+            self._write_pictures(name, model, dataset, classes)
+            if not self.options.eval:
+                write_atomically(self.folder / "results.json", json.dumps(results, indent=1).encode())
+            columns = {test: torch.tensor(result["matrix"]) for test, result in results[name].items()}
+            print(f"{name}{' (trained with target labels: an upper bound)' if self.options.target_labels else ''}")
+            print(metrics.score_table(columns, classes), flush=True)
+
+    def results(self) -> dict:
+        path = self.folder / "results.json"
+        return json.loads(path.read_text()) if path.exists() and not self.options.eval else {}
+
+    def log(self, **record) -> None:
+        """Append one line to log.jsonl."""
+        with writing(self.folder / "log.jsonl"), open(self.folder / "log.jsonl", "a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+
+    # ---------------------------------------------------------------- mechanics
+
+    def _selected_stages(self) -> tuple[str, ...]:
+        first = 0
+        if self.options.from_:
+            checkpoint = read_checkpoint(Path(self.options.from_))
+            if checkpoint.get("stage") in self.stages:
+                first = self.stages.index(checkpoint["stage"]) + 1
+        if self.options.stage is None:
+            return self.stages[first:]
+        before = self.stages[: self.stages.index(self.options.stage)]
+        if before and not self.options.from_ and not self.finished(before[-1]):
+            raise UserError(f"--stage {self.options.stage} needs {self.folder / before[-1]}.pt, which does not exist: "
+                            f"run --stage {before[-1]} first or give --from CHECKPOINT")
+        return (self.options.stage,)
+
+    def _check_config(self) -> None:
+        """Refuse to continue a run with other settings; a folder in which nothing was trained yet is free."""
+        path = self.folder / "config.json"
+        if path.exists() and any(self.folder.glob("*.pt")):
+            old, new = json.loads(path.read_text()), self._config()
+            changed = [f"{flag(key)} ({old.get(key)} -> {new.get(key)})"
+                       for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
+            if changed:
+                raise UserError(f"{self.folder} holds a run with other settings: {', '.join(changed)}; "
+                                "give this one another --tag, or delete the folder")
+
+    def _config(self) -> dict:
+        return {"method": self.method, **to_json(self.cfg), **to_json(self.options, identity_only=True)}
+
+    def _to_device(self, batch: list) -> tuple:
+        image, label, _, *maps = batch
+        return self._image(image), label.to(self.device, non_blocking=True), *(
+            m.to(self.device, non_blocking=True) for m in maps)
+
+    def _image(self, image: Tensor) -> Tensor:
+        return image.to(self.device, non_blocking=True, memory_format=self._layout())
+
+    def _layout(self) -> torch.memory_format:
+        return torch.channels_last if self.options.channels_last else torch.preserve_format
+
+    def _flush(self, stage: str, done: int, iterations: int, optimizers: list, clock: Clock) -> None:
+        """Look at the losses since the last flush: stop on one that is not finite, log and show their means."""
+        if not self._losses:
+            return
+        names = list(self._losses[0])
+        values = torch.stack([torch.stack([losses[name].float() for name in names]) for losses in self._losses]).cpu()
+        first = done - len(self._losses) + 1
+        self._losses = []
+        bad = (~values.isfinite()).nonzero()
+        if len(bad):
+            row, column = bad[0].tolist()
+            raise UserError(f"loss {names[column]!r} became {values[row, column].item()} at iteration {first + row} of stage "
+                            f"{stage!r}; the last good checkpoint in {self.folder} is kept, and starting again resumes there")
+        means = {name: round(value, 6) for name, value in zip(names, values.double().mean(dim=0).tolist(), strict=True)}
+        rate = optimizers[0].param_groups[0]["lr"] if optimizers else 0.0
+        self.log(stage=stage, iteration=done, rate=rate, seconds=round(clock.per_iteration(done - first + 1), 4), **means)
+        losses = "  ".join(f"{name} {value:.4f}" for name, value in means.items())
+        clock.line(f"{stage} {done}/{iterations}  {losses}  rate {rate:.2e}", done, iterations)
+
+    def _look(self, stage: str, done: int) -> None:
+        model, dataset, classes = self._watched
+        with self.autocast():
+            matrix = metrics.evaluate(model, self.sweep(f"{stage} {done}", dataset), len(classes), self.device)
+        means = summary(matrix, classes)
+        means = {name: round(100 * value, 2) for name, value in means.items() if isinstance(value, float)}
+        self.log(stage=stage, iteration=done, miou=means)
+        print(f"{stage} {done}: " + "  ".join(f"{name} {value}" for name, value in means.items()), flush=True)
+
+    def _save(self, file: str, stage: str, iteration: int, state: dict, complete: bool) -> None:
+        """Write a checkpoint; one for resuming (`complete`) also holds optimizers and random states."""
+        kept = {key: value for key, value in state.items() if complete or not isinstance(value, torch.optim.Optimizer)}
+        checkpoint = {"method": self.method, "stage": stage, "iteration": iteration, "config": to_json(self.cfg),
+                      "options": to_json(self.options),
+                      "state": {key: value.state_dict() if hasattr(value, "state_dict") else value
+                                for key, value in kept.items()}}
+        if complete:
+            checkpoint["random"] = random_states()
+        save_checkpoint(self.folder / f"{file}.pt", checkpoint)
+
+    def _resume(self, stage: str, state: dict) -> int:
+        path = self.folder / "last.pt"
+        start = 0
+        if path.exists():
+            checkpoint = read_checkpoint(path)
+            if checkpoint["stage"] == stage:
+                load_state(checkpoint["state"], state)
+                set_random_states(checkpoint["random"])
+                start = checkpoint["iteration"]
+                print(f"{stage}: resuming at iteration {start}", flush=True)
+        kept = [line for line in self._log_lines() if line.get("stage") != stage or line.get("iteration", 0) <= start]
+        write_atomically(self.folder / "log.jsonl", "".join(json.dumps(line) + "\n" for line in kept).encode())
+        return start                                         # later lines are from after the last checkpoint
+
+    def _log_lines(self) -> list[dict]:
+        log = self.folder / "log.jsonl"
+        lines = log.read_text(encoding="utf-8").splitlines() if log.exists() else []
+        return [json.loads(line) for line in lines if line.endswith("}")]    # a kill may cut the last one
+
+    @contextlib.contextmanager
+    def _signals(self):
+        """Turn the first SIGINT or SIGTERM into a clean stop after the iteration under way."""
+        def ask_to_stop(number, frame):
+            self._stop = True
+            signal.signal(number, previous[number])          # a second signal is not held up
+
+        previous = {}
+        try:
+            for number in (signal.SIGINT, signal.SIGTERM):
+                previous[number] = signal.getsignal(number)
+                signal.signal(number, ask_to_stop)
+        except ValueError:                                   # not the main thread: signals are somebody else's
+            pass
+        try:
+            yield
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+
+    def _stop_here(self) -> None:
+        print(f"\nstopped; resume with: {self.options.command}", flush=True)
+        raise SystemExit(0)
+
+    def _write_pictures(self, name: str, model: nn.Module, dataset, classes, count: int = 4) -> None:
+        rows, training = [], model.training
+        model.eval()
+        for k in range(0, len(dataset), max(1, len(dataset) // count))[:count]:
+            image, label, *_ = dataset[k]
+            with torch.inference_mode(), self.autocast():
+                prediction = metrics.predict(model, self._image(image[None]), tuple(image.shape[-2:]))[0].cpu()
+            small = torch.nn.functional.interpolate(label[None, None].float(), image.shape[-2:])[0, 0].long()
+            photo = viz.denormalise(image)
+            rows.append([photo, viz.overlay(photo, prediction, classes), viz.colorize(prediction, classes),
+                         viz.colorize(small, classes)])
+        model.train(training)
+        folder = self.folder
+        viz.contact_sheet(folder / f"{name}.png", rows, ["image", "overlay", f"prediction ({name})", "label"])
+        print(f"pictures: {folder / f'{name}.png'}", flush=True)
+
+    def _draw_curves(self) -> None:
+        lines = self._log_lines()
+        series: dict[str, list] = {}
+        for line in lines:
+            for name, value in line.get("miou", {}).items():
+                series.setdefault(f"{line['stage']}: {name}", []).append((line["iteration"], value))
+        if series:
+            viz.curves(self.folder / "miou.png", series, f"{self.folder.name}: mIoU on the target", ylabel="%")
+        for stage in {line["stage"] for line in lines if "rate" in line}:
+            points = [line for line in lines if line["stage"] == stage and "rate" in line]
+            names = [key for key in points[0] if key not in ("stage", "iteration", "rate", "seconds")]
+            series = {name: [(line["iteration"], line[name]) for line in points if name in line] for name in names}
+            viz.curves(self.folder / f"{stage}-losses.png", series, f"{self.folder.name}: {stage}", ylabel="loss")
+
+
+class Clock:
+    """Time an iteration took and time left; one live line on a terminal, plain lines in a file."""
+
+    def __init__(self, total: int):
+        self.total, self.begin, self.last, self.shown = total, time.monotonic(), time.monotonic(), 0.0
+        self.tty = sys.stdout.isatty()
+        self.first: int | None = None
+
+    def per_iteration(self, count: int) -> float:
+        now = time.monotonic()
+        seconds, self.last = (now - self.last) / count, now
+        self.speed = seconds
+        return seconds
+
+    def line(self, text: str, done: int, total: int) -> None:
+        text = f"{text}  {self.speed:.2f} s/it  {minutes(self.speed * (total - done))} left"
+        print(f"\r{text}\x1b[K" if self.tty and done < total else f"\r{text}\x1b[K\n" if self.tty else f"{text}\n",
+              end="", flush=True)
+
+    def live(self, text: str, done: int) -> None:
+        now = time.monotonic()
+        if self.tty and (now - self.shown > 0.5):
+            self.shown = now
+            left = (now - self.begin) / done * (self.total - done)
+            print(f"\r{text}  {minutes(left)} left\x1b[K", end="", flush=True)
+
+    def clear(self) -> None:
+        if self.tty:
+            print("\r\x1b[K", end="", flush=True)
+
+
+def minutes(seconds: float) -> str:
+    return f"{int(seconds) // 3600}:{int(seconds) // 60 % 60:02d}:{int(seconds) % 60:02d}"
+
+
+def poly_rate(initial: float, iteration: int, iterations: int, power: float = 0.9) -> float:
+    """The learning rate at an iteration: initial * (1 - iteration / iterations)^power."""
+    return initial * (1 - iteration / iterations) ** power
+
+
+def choose_device(name: str) -> torch.device:
+    """`auto` takes cuda, then mps, then cpu. Raises UserError for one that is not there."""
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        name = next(device for device, available in there.items() if available)
+    if not there[name]:
+        raise UserError(f"--device {name} is not available on this machine; use --device auto or --device cpu")
+    return torch.device(name)
+
+
+def summary(matrix: Tensor, classes) -> dict:
+    """A confusion matrix as the entry of results.json: means, per-class IoU (None where a class has none), the matrix."""
+    iou = metrics.iou(matrix).tolist()
+    means = {name: metrics.mean_iou(matrix, indices) for name, indices in classes.means.items()}
+    present = {f"{name} present": metrics.mean_iou_present(matrix, indices) for name, indices in classes.means.items()}
+    return {**means, **present, "iou": {name: None if math.isnan(value) else value
+                                        for name, value in zip(classes.names, iou, strict=True)}, "matrix": matrix.tolist()}
+
+
+# ------------------------------------------------------------------- checkpoints
+
+
+def random_states() -> dict:
+    version, keys, *rest = np.random.get_state()
+    return {"python": random.getstate(), "numpy": (version, torch.from_numpy(keys.astype(np.int64)), *rest),
+            "torch": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []}
+
+
+def set_random_states(states: dict) -> None:
+    random.setstate(states["python"])
+    version, keys, *rest = states["numpy"]
+    np.random.set_state((version, keys.numpy().astype(np.uint32), *rest))
+    torch.set_rng_state(states["torch"])
+    if states["cuda"]:
+        torch.cuda.set_rng_state_all(states["cuda"])
+
+
+@contextlib.contextmanager
+def writing(path: Path):
+    """Turn an OSError of the block into one sentence that names the file."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}; make room or choose another --runs folder, "
+                        "then start again to resume") from error
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write a file so that it is there whole or not at all."""
+    temporary = path.with_name(path.name + ".tmp")
+    with writing(path), open(temporary, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def save_checkpoint(path: Path, checkpoint: dict) -> None:
+    """Write a checkpoint beside its final name, sync, rename: a write cut short leaves the previous one in place."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with writing(path), open(temporary, "wb") as file:
+            try:
+                torch.save(checkpoint, file)
+            except RuntimeError as error:                    # how torch reports a full disk
+                raise OSError(str(error).splitlines()[0]) from error
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def read_checkpoint(path: Path) -> dict:
+    """Read one of this project's checkpoints without running code from it. Raises UserError naming the file."""
+    if not path.is_file():
+        raise UserError(f"there is no checkpoint {path}")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise UserError(f"{path} is damaged or not a checkpoint ({type(error).__name__}); "
+                        "delete it to start again from what came before") from error
+    if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("state"), dict) or "stage" not in checkpoint:
+        raise UserError(f"{path} is not a checkpoint of this project; weights of other projects load by --init")
+    return checkpoint
+
+
+def load_state(saved: dict, state: dict) -> None:
+    """Load a checkpoint's entries into the objects of the same names (optimizers may be absent from the checkpoint)."""
+    needed = {key for key, value in state.items() if not isinstance(value, torch.optim.Optimizer)}
+    if not needed <= saved.keys() <= state.keys():
+        raise UserError(f"the checkpoint holds {', '.join(sorted(saved))} where {', '.join(sorted(state))} are needed; "
+                        "it comes from another method or version")
+    for key, value in saved.items():
+        if hasattr(state[key], "load_state_dict"):
+            try:
+                state[key].load_state_dict(value)
+            except (RuntimeError, ValueError, KeyError) as error:
+                raise UserError(f"the checkpoint's {key!r} does not fit this run's: {str(error).splitlines()[-1].strip()}; "
+                                "check --backbone, --source and --target") from error
+        else:
+            state[key].copy_(value)

@@ -1,0 +1,239 @@
+"""The loop's mechanics: rates, checkpoints, resuming bit for bit, clean stops, refusals."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import nn
+
+from common import run as run_module
+from common.cli import UserError, option
+from common.data import SegmentationDataset, class_list, find_pairs
+from common.run import Options, Run, load_state, poly_rate, read_checkpoint, save_checkpoint
+
+STAGES = ("first", "second")
+
+
+@dataclass
+class Config:
+    source: str = option("gta5", "source")
+    target: str = option("cityscapes", "target")
+    rate: float = option(0.1, "rate")
+
+
+class Tiny(nn.Module):
+    """One 1x1 convolution with batch norm and dropout: weights, buffers and a use of the random state."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.Sequential(nn.Conv2d(3, 19, 1), nn.BatchNorm2d(19), nn.Dropout(0.5))
+
+    def forward(self, x):
+        return x, self.layers(x)
+
+
+@pytest.fixture
+def make(tmp_path, city):
+    """make(**options) -> (run, state, dataset): a run in tmp_path with a model, its optimizer and a tensor as state."""
+    classes = class_list("gta5")
+    dataset = SegmentationDataset(find_pairs(city, "gta5"), "gta5", classes, None)
+
+    def build(rate: float = 0.1, tag: str = "a", **options):
+        options = {"runs": str(tmp_path), "workers": 0, "log_every": 3, "save_every": 4, **options}
+        run = Run("x", Config(rate=rate), Options(tag=tag, **options), STAGES)
+        run.seed("model")
+        model = Tiny()
+        optimizer = torch.optim.SGD(model.parameters(), lr=rate, momentum=0.9)
+        return run, {"model": model, "optimizer": optimizer, "total": torch.zeros(())}, dataset
+    return build
+
+
+def train(run: Run, state: dict, dataset, stage: str = "first", iterations: int = 10, at=None) -> list[int]:
+    """A stage with a loss; at(iteration) is called inside the loop. Returns the iterations that were done."""
+    done = []
+    for it, (x, y) in run.stage(stage, iterations, state, dataset, batch_size=2):
+        loss = nn.functional.cross_entropy(state["model"](x)[1], y, ignore_index=255)
+        state["optimizer"].zero_grad()
+        loss.backward()
+        state["optimizer"].step()
+        state["total"] += loss.detach()
+        run.report(seg=loss if at is None else at(it, loss))
+        done.append(it)
+    return done
+
+
+def tensors(state: dict) -> list[torch.Tensor]:
+    return [*state["model"].state_dict().values(), state["total"], torch.get_rng_state(),
+            *(s["momentum_buffer"] for s in state["optimizer"].state.values())]
+
+
+def log_lines(run: Run) -> list[dict]:
+    return [json.loads(line) for line in (run.folder / "log.jsonl").read_text().splitlines()]
+
+
+def test_poly_rate():
+    assert poly_rate(2.0, 0, 10) == 2.0 and poly_rate(2.0, 5, 10) == pytest.approx(2 * 0.5 ** 0.9)
+    assert 0 < poly_rate(2.0, 9, 10) < 2.0
+
+
+@pytest.mark.parametrize("stop", [0, 3, 4, 8])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_stopped_and_resumed_equals_undisturbed(make, stop, number, capsys):
+    run, whole, dataset = make(tag="whole")
+    assert train(run, whole, dataset) == list(range(10))
+    expected = tensors(whole)
+    run, state, dataset = make()
+    handler = signal.getsignal(number)
+    with pytest.raises(SystemExit) as stopped:
+        train(run, state, dataset, at=lambda it, loss: (it == stop and os.kill(os.getpid(), number), loss)[1])
+    assert stopped.value.code == 0 and "resume with: " in capsys.readouterr().out
+    assert signal.getsignal(number) is handler
+    torch.manual_seed(99)                                        # whatever happened in between
+    run, state, dataset = make()
+    assert train(run, state, dataset) == list(range(stop + 1, 10))
+    assert all(torch.equal(a, b) for a, b in zip(tensors(state), expected, strict=True))
+    assert [line["iteration"] for line in log_lines(run)][-3:] == [8, 9, 10]
+    assert not (run.folder / "last.pt").exists()
+
+
+def test_killed_between_checkpoints_repeats_iterations_and_log_lines(make):
+    run, state, dataset = make()
+
+    def die(it, loss):
+        if it == 6:
+            raise KeyboardInterrupt
+        return loss
+
+    with pytest.raises(KeyboardInterrupt):
+        train(run, state, dataset, at=die)
+    assert [line["iteration"] for line in log_lines(run)] == [3, 4, 6]
+    run, state, dataset = make()
+    assert train(run, state, dataset) == list(range(4, 10))      # last.pt was written after 4
+    assert [line["iteration"] for line in log_lines(run)] == [3, 4, 6, 8, 9, 10]
+
+
+def test_a_finished_stage_is_loaded_and_not_run_again(make):
+    run, state, dataset = make()
+    train(run, state, dataset)
+    weight = state["model"].layers[0].weight.clone()
+    run, state, dataset = make()
+    assert train(run, state, dataset) == [] and torch.equal(state["model"].layers[0].weight, weight)
+
+
+def test_stages_have_their_own_random_streams_and_the_seed_decides(make):
+    batches = {}
+    for seed, stage in ((0, "first"), (0, "second"), (1, "first"), (0, "first")):
+        run, state, dataset = make(tag=f"{len(batches)}", seed=seed)
+        seen = [x.sum().item() for _, (x, _) in run.stage(stage, 3, state, dataset, batch_size=2)]
+        if (seed, stage) in batches:
+            assert batches[seed, stage] == seen
+        batches[seed, stage] = seen
+    assert len({tuple(seen) for seen in batches.values()}) == 3
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_loss_that_is_not_finite_stops_the_run(make, value):
+    run, state, dataset = make()
+    with pytest.raises(UserError, match=f"loss 'seg' became {value} at iteration 6 of stage 'first'"):
+        train(run, state, dataset, at=lambda it, loss: loss * value if it == 5 else loss)
+    assert read_checkpoint(run.folder / "last.pt")["iteration"] == 4
+    assert not (run.folder / "first.pt").exists()
+
+
+def test_rates_follow_the_stages_own_iterations(make):
+    run, state, dataset = make()
+    rates = [(it, group["lr"]) for it, _ in run.stage("first", 5, state, dataset, batch_size=1)
+             for group in state["optimizer"].param_groups]
+    assert rates == [(it, pytest.approx(0.1 * (1 - it / 5) ** 0.9)) for it in range(5)]
+
+
+def test_another_config_is_refused_by_name(make):
+    make(rate=0.3)                                               # nothing trained yet: nothing to protect
+    train(*make())
+    make(workers=1, log_every=5, device="cpu")                   # these do not make another run
+    with pytest.raises(UserError, match=r"--rate \(0.1 -> 0.2\).*--tag"):
+        make(rate=0.2)
+    with pytest.raises(UserError, match=r"--seed \(0 -> 3\)"):
+        make(seed=3)
+
+
+def test_stage_and_from_decide_what_runs(make):
+    with pytest.raises(UserError, match="--stage third is unknown; the stages are first, second"):
+        make(stage="third")
+    with pytest.raises(UserError, match="--stage second needs .*first.pt"):
+        make(stage="second")
+    run, state, dataset = make(stage="first")
+    assert run.trains("first") and not run.trains("second")
+    train(run, state, dataset)
+    assert train(run, state, dataset, "second") == []
+    run, other, dataset = make(tag="b", from_=str(run.folder / "first.pt"))
+    assert not run.trains("first") and run.trains("second")
+    run.start_from(other["model"])
+    assert torch.equal(other["model"].layers[0].weight, state["model"].layers[0].weight)
+    with pytest.raises(UserError, match="there is no checkpoint nowhere.pt"):
+        make(tag="c", from_="nowhere.pt")
+
+
+def test_a_checkpoint_write_cut_short_keeps_the_previous_one(make, tmp_path, monkeypatch):
+    path = tmp_path / "last.pt"
+    save_checkpoint(path, {"stage": "first", "state": {"x": torch.ones(3)}})
+
+    def half(checkpoint, file):
+        file.write(b"PK half a file")
+        raise RuntimeError("[enforce fail at inline_container.cc:664] . unexpected pos 64 vs 0")
+
+    monkeypatch.setattr(run_module.torch, "save", half)
+    with pytest.raises(UserError, match="cannot write .*last.pt"):
+        save_checkpoint(path, {"stage": "first", "state": {"x": torch.zeros(3)}})
+    assert read_checkpoint(path)["state"]["x"].sum() == 3 and os.listdir(tmp_path) == ["last.pt"]
+
+
+def test_checkpoints_of_others_are_refused(tmp_path):
+    class Crafted:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "code ran"),)
+
+    torch.save({"stage": "first", "state": {"x": Crafted()}}, tmp_path / "crafted.pt")
+    torch.save({"weight": torch.ones(1)}, tmp_path / "foreign.pt")
+    save_checkpoint(tmp_path / "good.pt", {"stage": "first", "state": {"x": torch.ones(100)}})
+    (tmp_path / "cut.pt").write_bytes((tmp_path / "good.pt").read_bytes()[:300])
+    for name, words in (("crafted", "damaged or not a checkpoint"), ("cut", "damaged"), ("foreign", "not a checkpoint of")):
+        with pytest.raises(UserError, match=f"{name}.pt is {words}"):
+            read_checkpoint(tmp_path / f"{name}.pt")
+    assert not (tmp_path / "code ran").exists()
+
+
+def test_state_must_fit():
+    model = nn.Linear(2, 2)
+    with pytest.raises(UserError, match="'model' does not fit"):
+        load_state({"model": nn.Linear(2, 3).state_dict()}, {"model": model})
+    with pytest.raises(UserError, match="holds teacher where model are needed"):
+        load_state({"teacher": model.state_dict()}, {"model": model})
+
+
+def test_evaluation_is_kept_and_done_once(make, city, capsys):
+    run, state, dataset = make()
+    classes = class_list("gta5")
+    test = SegmentationDataset(find_pairs(city, "cityscapes", "val"), "cityscapes", classes, None)
+    run.evaluate("first", state["model"], test, classes, {"single-scale": {}})
+    assert run.results() == {}                                   # the stage is not finished
+    train(run, state, dataset)
+    run.evaluate("first", state["model"], test, classes, {"single-scale": {}})
+    result = run.results()["first"]["single-scale"]
+    assert 0 <= result["mIoU"] <= 1 and sum(map(sum, result["matrix"])) > 0 and (run.folder / "first.png").exists()
+    assert "road" in capsys.readouterr().out
+    run.evaluate("first", None, test, classes, {"single-scale": {}})     # would fail if it ran
+
+
+def test_bf16_keeps_losses_in_float32(make):
+    run, state, dataset = make(amp="bf16")
+    with run.autocast():
+        assert nn.Conv2d(3, 4, 1)(torch.zeros(1, 3, 4, 4)).dtype == torch.bfloat16
+    run, _, _ = make(tag="b")
+    with run.autocast():
+        assert nn.Conv2d(3, 4, 1)(torch.zeros(1, 3, 4, 4)).dtype == torch.float32

@@ -1,0 +1,97 @@
+"""Run a script over seeds and variants as a user would, and print the README's table.
+
+    python -m common.results fada --seeds 0 1 2 --name toy -- --toy
+    python -m common.results fada --seeds 0 1 2 --name pair --jobs 2 -- --data PATH --init PATH --backbone resnet18 ...
+
+What stands behind `--` goes to every run. The rows are the script's own `RESULTS`: row -> (stage reported, flags); `{row}` in
+the flags is the run folder of another row with the same seed. Runs that are finished are not run again; interrupted ones
+resume. With --jobs N, N runs go side by side, each on its share of the cores.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import os
+import re
+import shlex
+import statistics
+import subprocess
+import sys
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+from common.cli import UserError, command
+
+
+@command
+def main(argv: list[str] | None = None) -> None:
+    argv = list(sys.argv[1:] if argv is None else argv)
+    cut = argv.index("--") if "--" in argv else len(argv)
+    parser = argparse.ArgumentParser(prog="python -m common.results", allow_abbrev=False, description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("method", help="the script's name without .py")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--name", default="results", help="first part of the run folders' tags")
+    parser.add_argument("--rows", nargs="+", help="only these rows")
+    parser.add_argument("--runs", default="runs", help="folder that holds the run folders")
+    parser.add_argument("--mean", default="mIoU present", help="which mean of results.json the table shows")
+    parser.add_argument("--jobs", type=int, default=1, help="runs side by side")
+    args, extra = parser.parse_args(argv[:cut]), argv[cut + 1:]
+    rows = importlib.import_module(args.method).RESULTS
+    wanted = args.rows or list(rows)
+    if unknown := set(wanted) - set(rows):
+        raise UserError(f"unknown row {min(unknown)!r}; the rows are {', '.join(map(repr, rows))}")
+    futures: dict[tuple[str, int], Future] = {}
+    with ThreadPoolExecutor(args.jobs) as pool:
+        for row in [row for row in rows if row in wanted or any(f"{{{row}}}" in rows[other][1] for other in wanted)]:
+            for seed in args.seeds:                          # rows in order: what a run waits for was submitted before it
+                futures[row, seed] = pool.submit(measure, args, extra, rows[row], row, seed, futures)
+        results = {row: [futures[row, seed].result() for seed in args.seeds] for row in wanted}
+    print(table(results, args.mean))
+
+
+def measure(args, extra: list[str], variant: tuple[str, str], row: str, seed: int, futures: dict) -> dict:
+    """Run one variant with one seed unless it is finished. Returns the entry of its stage in results.json."""
+    stage, flags = variant
+    for needed in re.findall(r"\{(.+?)\}", flags):
+        futures[needed, seed].result()
+        flags = flags.replace(f"{{{needed}}}", shlex.quote(str(run_folder(args, extra, needed, seed))))
+    file = run_folder(args, extra, row, seed) / "results.json"
+    if not file.exists() or stage not in json.loads(file.read_text()):
+        line = [sys.executable, f"{args.method}.py", *extra, *shlex.split(flags), "--seed", str(seed),
+                "--tag", tag(args, row, seed), "--runs", args.runs]
+        print(f"\n{shlex.join(['python', *line[1:]])}", file=sys.stderr, flush=True)
+        threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // args.jobs))} if args.jobs > 1 else {}
+        if subprocess.run(line, stdout=2, env={**os.environ, **threads}).returncode != 0:
+            raise UserError(f"{row!r} with seed {seed} failed; put it right and start again: what is finished is kept")
+        if not file.exists() or stage not in json.loads(file.read_text()):
+            raise UserError(f"{row!r} with seed {seed} was stopped; start again to go on")
+    return json.loads(file.read_text())[stage]
+
+
+def tag(args, row: str, seed: int) -> str:
+    return f"{args.name}-{re.sub(r'[^a-z0-9]+', '-', row.lower()).strip('-')}-{seed}"
+
+
+def run_folder(args, extra: list[str], row: str, seed: int) -> Path:
+    source = extra[extra.index("--source") + 1] if "--source" in extra else "gta5"
+    return Path(args.runs) / f"{args.method}-{source}-{tag(args, row, seed)}"
+
+
+def table(results: dict[str, list[dict]], mean: str) -> str:
+    """Mean over the seeds, sample standard deviation, share of the gap between the first and the last row, as Markdown."""
+    lines = [f"| | {mean} | each seed | gap closed |", "|---|---|---|---|"]
+    scores = {row: [100 * result["single-scale"][mean] for result in entries] for row, entries in results.items()}
+    means = {row: statistics.mean(values) for row, values in scores.items()}
+    low, high = next(iter(means.values())), list(means.values())[-1]
+    for row, values in scores.items():
+        spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
+        share = f"{100 * (means[row] - low) / (high - low):.0f} %" if high != low else "-"
+        lines.append(f"| {row} | {means[row]:.1f}{spread} | {' '.join(f'{value:.1f}' for value in values)} | {share} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,42 @@
+"""The table of results: runs of a stand-in script, finished ones not repeated, the arithmetic of the table."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+
+from common import results
+
+SCRIPT = '''
+import json, pathlib, sys
+RESULTS = {"low": ("one", "--score 0.2"), "middle (x)": ("two", "--score 0.3 --from {low}/one.pt"),
+           "high": ("one", "--score 0.4")}
+if __name__ == "__main__":
+    argv = dict(zip(sys.argv[1::2], sys.argv[2::2]))
+    if "--from" in argv:
+        assert pathlib.Path(argv["--from"]).exists(), argv
+    folder = pathlib.Path(argv["--runs"]) / f"stand_in-{argv.get('--source', 'gta5')}-{argv['--tag']}"
+    folder.mkdir(parents=True)                                   # fails if it is run twice
+    (folder / "one.pt").touch()
+    score = {"mIoU present": float(argv["--score"]) + 0.01 * int(argv["--seed"])}
+    (folder / "results.json").write_text(json.dumps({"one": {"single-scale": score}, "two": {"single-scale": score}}))
+'''
+
+
+@pytest.mark.parametrize("jobs", ["1", "3"])
+def test_rows_seeds_and_table(tmp_path, monkeypatch, capsys, jobs):
+    (tmp_path / "stand_in.py").write_text(SCRIPT)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "stand_in", raising=False)
+    argv = ["stand_in", "--seeds", "0", "2", "--name", "t", "--jobs", jobs, "--", "--source", "synthia"]
+    for _ in range(2):                                           # the second time nothing is run
+        results.main(argv)
+        assert capsys.readouterr().out.splitlines() == [
+            "| | mIoU present | each seed | gap closed |", "|---|---|---|---|", "| low | 21.0 ± 1.4 | 20.0 22.0 | 0 % |",
+            "| middle (x) | 31.0 ± 1.4 | 30.0 32.0 | 50 % |", "| high | 41.0 ± 1.4 | 40.0 42.0 | 100 % |"]
+    assert (tmp_path / "runs/stand_in-synthia-t-middle-x-2/results.json").exists()
+    with pytest.raises(SystemExit) as stop:
+        results.main(["stand_in", "--rows", "lowest"])
+    assert stop.value.code == 2 and "unknown row 'lowest'" in capsys.readouterr().err

@@ -1,0 +1,438 @@
+"""Classes Matter: A Fine-grained Adversarial Approach to Cross-domain Semantic Segmentation (FADA).
+
+Wang, Shen, Zhang, Duan, Mei. ECCV 2020. arXiv:2007.09222
+
+A discriminator that tells source features from target features is split into K channels a domain, so that it also tells
+classes apart; the segmentation network's own soft predictions say which of the K channels a feature belongs to. Fooling
+it pulls target features towards source features of their own class instead of towards the source domain as a whole.
+
+    Eq. (3)        segmentation_loss
+    Eq. (7)        hard_labels
+    Eq. (8)        soft_labels
+    Sec. 3.2       domain_encoding               [a; 0] for the source, [0; a] for the target
+    Eqs. (1), (5)  discriminator_loss            K = 1 and a = 1 (binary_labels) give Eq. (1)
+    Eqs. (4), (6)  adversarial_loss              K = 1 and a = 1 (binary_labels) give Eq. (4)
+    Eq. (2)        adversarial                   the training stage itself
+    Eq. (9)        class_center_distance
+    Sec. 4.3       FineGrainedDiscriminator
+
+    G = C o F      segmentation network: features F, classifier C          D    discriminator
+    f, feat        feature samples, one a pixel of the stride-8 grid        K    classes
+    a              class knowledge, (N, K, h, w)                            d    domain, 0 source, 1 target
+    T              temperature of Eq. (8)                                   lambda_adv  weight of L_adv in Eq. (2)
+
+Stages: source (20k) -> adversarial (40k) -> distill (20k) -> single-scale and multi-scale test.
+
+    python fada.py --toy                                     the toy city, some minutes on two cores
+    python fada.py --source gta5                             the paper's GTA5 -> Cityscapes; again to resume
+    python fada.py --source cityscapes --target crosscity --city Rome
+    python fada.py --source synthia --labels hard --from runs/fada-synthia/source.pt --tag hard        Table 5
+    python fada.py --source gta5 --eval                      only evaluate what the run has reached
+
+Departures:
+ 1. Sums over pixels are means: Eq. (3) over the labelled pixels, Eqs. (5) and (6) over all feature samples, and each
+    domain's half of Eq. (5) weighs 0.5. The paper prints sums, whose scale would change with image and batch size.
+ 2. "Clipping" (Sec. 3.3) sets soft labels above the threshold to the threshold; they are not made to sum to one again.
+ 3. Self-distillation is named in Sec. 4.3, not described. Here a student that starts from the initial weights learns the
+    argmax of the adapted model on every target pixel, for `distill_iterations`, with the source stage's settings.
+ 4. Multi-scale testing is named, not described: mean of the softmax over `test_scales`, each also flipped.
+ 5. Image sizes (`source_size`, `target_size`), strength of colour jitter (`jitter`) and the classifier's ten times higher
+    rate (common/deeplab.py) are not in the paper: the usual ones of the field.
+ 6. Batch norm of pretrained encoders is frozen (`--freeze-bn`); the paper does not say.
+ 7. `batch_size` is eight in every stage; the paper says eight, four a domain, for what has both domains.
+ 8. D's two uses of a target batch, Eqs. (5) and (6), share one forward pass: D changes only after both, so the values are
+    the same, and each backward pass is told which weights it may reach.
+ 9. Eq. (9) is measured over the labelled pixels of `ccd_images` images a domain on the feature grid: per domain and for
+    both together. The paper does not say whether S_i holds both domains.
+The authors' code differs from their paper in ways that are not taken: L_seg on logits / T, source images sampled by class
+rarity, weight decay 5e-4, rate 5e-4 in the source and distillation stages, poly horizons longer than the runs, jitter on
+the source only, no flip, D's input upsampled to the image.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from common import toycity
+from common.cli import Size, UserError, command, option, parse
+from common.data import IGNORE, Augment, SegmentationDataset, class_list, find_pairs, save_label
+from common.deeplab import at_least_float32, build_model, upsample
+from common.run import Options, Run
+
+STAGES = ("source", "adversarial", "distill")
+SIZES = {"gta5": Size(1280, 720), "synthia": Size(1280, 760), "cityscapes": Size(1024, 512), "crosscity": Size(1024, 512)}
+
+
+@dataclass
+class Config:
+    """the method; † marks what the paper does not give"""
+
+    source: str = option("gta5", "source domain", choices=("gta5", "synthia", "cityscapes"))
+    target: str = option("cityscapes", "target domain", choices=("cityscapes", "crosscity"))
+    city: str = option("Rome", "city of Cross-City", choices=("Rome", "Rio", "Tokyo", "Taipei"))
+    backbone: str = option("resnet101", "encoder of DeepLab v2", paper="resnet101", section="Sec. 4.3",
+                           choices=("resnet101", "resnet50", "resnet18", "vgg16"))
+    freeze_bn: str = option("auto", "batch norm kept fixed; auto: encoder, or none with --init none",
+                            choices=("auto", "all", "encoder", "none"))
+    labels: str = option("soft", "class knowledge a: Eq. (8), Eq. (7), or a single class (the baseline)", paper="soft",
+                         section="Sec. 4.6", choices=("soft", "hard", "binary"))
+    T: float = option(1.8, "temperature of the soft labels, Eq. (8)", paper=1.8, section="Sec. 4.3", low=1e-3)
+    clip: float = option(0.9, "soft labels above it become it", paper=0.9, section="Sec. 4.6", low=0.0, high=1.0)
+    hard_threshold: float = option(0.9, "hard labels below this confidence are dropped", paper=0.9, section="Sec. 4.6",
+                                   low=0.0, high=1.0)
+    lambda_adv: float = option(0.001, "weight of L_adv, Eq. (2)", paper=0.001, section="Sec. 4.3", low=0.0)
+    lr: float = option(2.5e-4, "SGD's initial rate", paper=2.5e-4, section="Sec. 4.3", low=0.0)
+    momentum: float = option(0.9, "SGD's momentum", paper=0.9, section="Sec. 4.3", low=0.0, high=1.0)
+    weight_decay: float = option(1e-4, "SGD's weight decay", paper=1e-4, section="Sec. 4.3", low=0.0)
+    lr_discriminator: float = option(1e-4, "Adam's initial rate for D", paper=1e-4, section="Sec. 4.3", low=0.0)
+    betas: tuple[float, ...] = option((0.9, 0.99), "Adam's two betas for D", paper=(0.9, 0.99), section="Sec. 4.3", low=0.0,
+                                      high=1.0)
+    source_iterations: int = option(20_000, "iterations on the source alone", paper=20_000, section="Sec. 4.3", low=1)
+    adversarial_iterations: int = option(40_000, "iterations of adversarial training", paper=40_000, section="Sec. 4.3",
+                                         low=1)
+    distill: bool = option(True, "self-distillation after the adversarial stage", paper=True, section="Sec. 4.3")
+    distill_iterations: int = option(20_000, "iterations of self-distillation", low=1)
+    batch_size: int = option(8, "images a batch; half of each domain in the adversarial stage", paper=8, section="Sec. 4.3",
+                             low=2)
+    source_size: Size | None = option(None, "source images are resized to it; automatic: 1280x720 for GTA5, 1280x760 for "
+                                      "SYNTHIA, 1024x512 for Cityscapes")
+    target_size: Size | None = option(None, "target images are resized to it, also in the test; automatic: 1024x512")
+    crop: Size | None = option(None, "random crop of both domains in training; automatic: none")
+    jitter: float = option(0.5, "colour jitter: brightness, contrast, saturation by this, hue by 0.4 of it", low=0.0, high=1.0)
+    test_scales: tuple[float, ...] = option((0.7, 1.0, 1.3), "scales of the multi-scale test, each also flipped", low=0.1)
+    ccd: bool = option(False, "also report the class center distance, Eq. (9); needs labels of the target's training set")
+    ccd_images: int = option(2000, "images a domain for the class center distance", paper=2000, section="Sec. 4.5", low=1)
+
+
+TOY = dict(data="data/toycity", init="none", backbone="resnet18", source_size=Size(128, 64), target_size=Size(128, 64),
+           source_iterations=600, adversarial_iterations=600, distill_iterations=300, lr=2.5e-3, workers=0, amp="bf16",
+           channels_last=True)
+
+RESULTS = {                                            # `make results METHOD=fada`: row -> (stage reported, flags of its run)
+    "source only": ("source", "--stage source"),
+    "source only, as long": ("adversarial", "--stage adversarial --from {source only}/source.pt --lambda-adv 0"),
+    "FADA": ("adversarial", "--stage adversarial --from {source only}/source.pt"),
+    "target only (upper bound)": ("source", "--stage source --target-labels"),
+}
+
+
+# ------------------------------------------------------------------------------------------- the equations
+
+
+def segmentation_loss(logits: Tensor, label: Tensor) -> Tensor:
+    """Cross entropy on labelled pixels.
+
+    Eq. (3):  L_seg = - sum_i sum_k y_ik log p_ik
+
+    Args:
+        logits: (N, K, h, w) float at feature resolution.
+        label: (N, H, W) int64, classes 0..K-1, 255 ignored.
+    Returns: 0-d, mean over the labelled pixels (the paper sums); exactly 0 if there are none.
+    """
+    logits = upsample(logits, label.shape[-2:])                                   # (N, K, H, W)
+    loss = F.cross_entropy(logits, label, ignore_index=IGNORE, reduction="sum")
+    return loss / (label != IGNORE).sum().clamp(min=1)
+
+
+def hard_labels(logits: Tensor, threshold: float = 0.9) -> Tensor:
+    """One-hot class knowledge of confident samples.
+
+    Eq. (7):  a_k = 1 if k = argmax_k p_k, else 0;  all zero where max_k p_k < threshold (Sec. 4.6)
+
+    Args: logits (N, K, h, w).  Returns: (N, K, h, w) of 0 and 1, no gradient.
+    """
+    confidence, label = logits.detach().softmax(dim=1).max(dim=1, keepdim=True)   # (N, 1, h, w) each
+    a = torch.zeros_like(logits).scatter_(1, label, 1.0)
+    return a * (confidence >= threshold)
+
+
+def soft_labels(logits: Tensor, T: float = 1.8, clip: float = 0.9) -> Tensor:
+    """Soft class knowledge with confidence clipping.
+
+    Eq. (8):  a_k = exp(z_k / T) / sum_j exp(z_j / T);  values above clip become clip (Sec. 3.3, "confidence clipping")
+
+    Args:
+        logits: (N, K, h, w), z.
+        T: temperature, > 0.
+        clip: in [0, 1]; 1 means no clipping.
+    Returns: (N, K, h, w) in [0, clip], no gradient; after clipping a pixel's values may sum to less than one.
+    """
+    return (logits.detach() / T).softmax(dim=1).clamp(max=clip)
+
+
+def binary_labels(logits: Tensor) -> Tensor:
+    """No class knowledge: K = 1 and a = 1 turn Eqs. (5) and (6) into Eqs. (1) and (4).
+
+    Args: logits (N, K, h, w).  Returns: (N, 1, h, w) of ones.
+    """
+    return torch.ones_like(logits[:, :1]).detach()
+
+
+def domain_encoding(a: Tensor, domain: str) -> Tensor:
+    """Class knowledge as supervision of the 2K channels of D.
+
+    Sec. 3.2:  [a; 0] for the source, [0; a] for the target
+
+    Args: a (N, K, h, w); domain "source" or "target".  Returns: (N, 2K, h, w).
+    """
+    if domain not in ("source", "target"):
+        raise ValueError(f'domain is "source" or "target", not {domain!r}')
+    zero = torch.zeros_like(a)
+    return torch.cat([a, zero] if domain == "source" else [zero, a], dim=1)
+
+
+def discriminator_loss(d_source: Tensor, d_target: Tensor, a_source: Tensor, a_target: Tensor) -> Tensor:
+    """Teach D the domain and the class of every feature sample.
+
+    Eq. (5):  L_D = - sum_i sum_k a_ik log P(d=0, c=k | f_i) - sum_j sum_k a_jk log P(d=1, c=k | f_j)
+
+    Args:
+        d_source, d_target: (N, 2K, h, w) raw outputs of D; P is their softmax over the 2K channels.
+        a_source, a_target: (N, K, h, w) class knowledge of the same samples, no gradient.
+    Returns: 0-d; each domain is the mean over its samples (the paper sums), each weighs 0.5.
+    """
+    log_p_source = F.log_softmax(d_source, dim=1)                                 # (N, 2K, h, w)
+    log_p_target = F.log_softmax(d_target, dim=1)
+    loss_source = -(domain_encoding(a_source, "source") * log_p_source).sum(dim=1).mean()
+    loss_target = -(domain_encoding(a_target, "target") * log_p_target).sum(dim=1).mean()
+    return 0.5 * loss_source + 0.5 * loss_target
+
+
+def adversarial_loss(d_target: Tensor, a_target: Tensor) -> Tensor:
+    """Reward target features that D takes for source features of their own class.
+
+    Eq. (6):  L_adv = - sum_j sum_k a_jk log P(d=0, c=k | f_j)
+
+    Args:
+        d_target: (N, 2K, h, w) raw outputs of D on target features.
+        a_target: (N, K, h, w) class knowledge of the same samples, no gradient.
+    Returns: 0-d, mean over the samples (the paper sums).
+    """
+    log_p = F.log_softmax(d_target, dim=1)                                        # (N, 2K, h, w)
+    return -(domain_encoding(a_target, "source") * log_p).sum(dim=1).mean()
+
+
+class FineGrainedDiscriminator(nn.Module):
+    """Sec. 4.3: three 3x3 convolutions of stride 1 with {256, 128, 2K} channels, Leaky-ReLU 0.2 between them.
+
+    forward: feat (N, D, h, w) -> raw outputs (N, 2K, h, w); the first K channels are the source's, the others the target's.
+    """
+
+    def __init__(self, in_channels: int, num_classes: int):
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Conv2d(in_channels, 256, 3, padding=1), nn.LeakyReLU(0.2),
+            nn.Conv2d(256, 128, 3, padding=1), nn.LeakyReLU(0.2),
+            nn.Conv2d(128, 2 * num_classes, 3, padding=1),
+        )
+
+    def forward(self, feat: Tensor) -> Tensor:
+        return at_least_float32(self.layers(feat))
+
+
+def class_moments(feat: Tensor, label: Tensor, num_classes: int) -> tuple[Tensor, Tensor, Tensor]:
+    """What Eq. (9) needs to know of a set of features; moments of two sets add up to the moments of both.
+
+    Args: feat (M, D); label (M,) int64, 255 ignored.
+    Returns: count (K,), sum (K, D) and sum of squared norms (K,), all float64.
+    """
+    feat, label = feat[label != IGNORE].double(), label[label != IGNORE]
+    count = torch.zeros(num_classes, dtype=torch.float64, device=feat.device)
+    total, square = count.new_zeros(num_classes, feat.shape[1]), count.clone()
+    count.index_add_(0, label, torch.ones_like(label, dtype=torch.float64))
+    total.index_add_(0, label, feat)
+    square.index_add_(0, label, feat.pow(2).sum(dim=1))
+    return count, total, square
+
+
+def class_center_distance_from_moments(count: Tensor, total: Tensor, square: Tensor) -> Tensor:
+    """Eq. (9) from `class_moments`. Returns (K,), NaN for a class without features or without a second class."""
+    center = total / count[:, None]                                               # mu, NaN rows for absent classes
+    intra = (square / count - center.pow(2).sum(dim=1)).clamp(min=0)              # mean of |x - mu_i|^2 over S_i
+    inter = (center[:, None] - center[None]).pow(2).sum(dim=2)                    # (K, K), |mu_i - mu_j|^2
+    ratio = intra[:, None] / inter
+    other = ~torch.eye(len(count), dtype=torch.bool, device=count.device) & (count > 0) & (count > 0)[:, None]
+    return torch.where(other, ratio, 0).sum(dim=1) / torch.where(other, 1.0, 0.0).sum(dim=1)
+
+
+def class_center_distance(feat: Tensor, label: Tensor) -> Tensor:
+    """How tight each class is, against its distance to the others; lower is better aligned.
+
+    Eq. (9):  CCD(i) = 1/(K-1) sum_{j != i} [1/|S_i| sum_{x in S_i} ||x - mu_i||^2] / ||mu_i - mu_j||^2
+
+    Args:
+        feat: (M, D) features, one a row.
+        label: (M,) int64 classes, 255 ignored.
+    Returns: (K',) float64 for the K' classes that occur, in ascending order; NaN if there is only one.
+    """
+    present = label[label != IGNORE].unique()                                     # ascending
+    moments = class_moments(feat, label, int(present.max()) + 1 if len(present) else 0)
+    return class_center_distance_from_moments(*(moment[present] for moment in moments))
+
+
+# ---------------------------------------------------------------------------------------------- the stages
+
+
+def sgd(model: nn.Module, cfg: Config) -> torch.optim.SGD:
+    return torch.optim.SGD(model.parameter_groups(cfg.lr), lr=cfg.lr, momentum=cfg.momentum, weight_decay=cfg.weight_decay)
+
+
+def train_source(run: Run, cfg: Config, model: nn.Module, source: SegmentationDataset) -> None:
+    """Stage 1: the task loss alone, Eq. (3)."""
+    optimizer = sgd(model, cfg)
+    state = {"model": model, "optimizer": optimizer}
+    for _, (x, y) in run.stage("source", cfg.source_iterations, state, source, batch_size=cfg.batch_size):
+        with run.autocast():
+            _, logits = model(x)                                                  # (N, K, h, w)
+        loss = segmentation_loss(logits, y)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        run.report(seg=loss)
+
+
+def adversarial(run: Run, cfg: Config, model: nn.Module, source: SegmentationDataset, target: SegmentationDataset,
+                num_classes: int) -> None:
+    """Stage 2: min over F, C of L_seg + lambda_adv L_adv (Eqs. 2, 3, 6), in turn with min over D of L_D (Eq. 5)."""
+    knowledge = {"soft": lambda logits: soft_labels(logits, cfg.T, cfg.clip),
+                 "hard": lambda logits: hard_labels(logits, cfg.hard_threshold),
+                 "binary": binary_labels}[cfg.labels]
+    run.seed("discriminator")
+    D = run.place(FineGrainedDiscriminator(model.feat_channels, 1 if cfg.labels == "binary" else num_classes))
+    optimizer = sgd(model, cfg)
+    optimizer_D = torch.optim.Adam(D.parameters(), lr=cfg.lr_discriminator, betas=cfg.betas)
+    weights_G, weights_D = [p for p in model.parameters() if p.requires_grad], list(D.parameters())
+    state = {"model": model, "D": D, "optimizer": optimizer, "optimizer_D": optimizer_D}
+    for _, (x_s, y_s), (x_t, _) in run.stage("adversarial", cfg.adversarial_iterations, state, source, target,
+                                             batch_size=cfg.batch_size // 2):
+        with run.autocast():
+            feat_s, logits_s = model(x_s)                                         # (N, D, h, w), (N, K, h, w)
+            feat_t, logits_t = model(x_t)
+            d_s, d_t = D(feat_s.detach()), D(feat_t)                              # (N, 2K, h, w)
+        a_s, a_t = knowledge(logits_s), knowledge(logits_t)                       # (N, K, h, w)
+
+        loss_seg, loss_adv = segmentation_loss(logits_s, y_s), adversarial_loss(d_t, a_t)
+        loss_D = discriminator_loss(d_s, d_t, a_s, a_t)
+
+        optimizer.zero_grad()
+        optimizer_D.zero_grad()
+        loss_D.backward(inputs=weights_D, retain_graph=True)                      # Eq. (5): F and C stay fixed
+        (loss_seg + cfg.lambda_adv * loss_adv).backward(inputs=weights_G)         # Eq. (2): D stays fixed
+        optimizer.step()
+        optimizer_D.step()
+        run.report(seg=loss_seg, adv=loss_adv, D=loss_D)
+
+
+@torch.no_grad()
+def write_pseudo_labels(run: Run, model: nn.Module, target: SegmentationDataset, folder: Path) -> None:
+    """The adapted model's argmax on every pixel of every target image, without a threshold, as PNGs of class indices."""
+    model.eval()
+    for x, _, (name,) in run.sweep("pseudo labels", target):
+        if not (folder / f"{name}.png").exists():                                 # left by an interrupted pass
+            with run.autocast():
+                _, logits = model(x)
+            save_label(folder / f"{name}.png", upsample(logits, x.shape[-2:]).argmax(dim=1)[0])
+    model.train()
+
+
+def self_distill(run: Run, cfg: Config, student: nn.Module, target: SegmentationDataset) -> None:
+    """Stage 3: the student learns the adapted model's labels of the target images (Sec. 4.3, 4.6)."""
+    optimizer = sgd(student, cfg)
+    state = {"model": student, "optimizer": optimizer}
+    for _, (x, _, pseudo_label) in run.stage("distill", cfg.distill_iterations, state, target, batch_size=cfg.batch_size):
+        with run.autocast():
+            _, logits = student(x)
+        loss = segmentation_loss(logits, pseudo_label)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        run.report(seg=loss)
+
+
+@torch.no_grad()
+def report_class_center_distance(run: Run, cfg: Config, model: nn.Module, domains: dict[str, SegmentationDataset],
+                                 classes) -> None:
+    """Print Eq. (9) a class, for each domain and for both together, from sums that do not grow with the data."""
+    moments = {}
+    model.eval()
+    for domain, dataset in domains.items():
+        run.seed("ccd", domain)
+        chosen = torch.randperm(len(dataset))[: cfg.ccd_images].sort().values.tolist()
+        for x, label, _ in run.sweep(f"class center distance, {domain}", torch.utils.data.Subset(dataset, chosen)):
+            with run.autocast():
+                feat, _ = model(x)                                                # (1, D, h, w)
+            label = F.interpolate(label[None].float(), feat.shape[-2:], mode="nearest")[0].long()
+            new = class_moments(feat.permute(0, 2, 3, 1).flatten(0, 2), label.flatten(), len(classes))
+            moments[domain] = [a + b for a, b in zip(moments[domain], new, strict=True)] if domain in moments else new
+    moments["both"] = [sum(parts) for parts in zip(*moments.values(), strict=True)]
+    ccd = {domain: class_center_distance_from_moments(*m).tolist() for domain, m in moments.items()}
+    for k, name in enumerate(classes.names):
+        print(f"{name:<16}" + "".join(f"{domain} {values[k]:8.3f}   " for domain, values in ccd.items()))
+    print(f"{'mean':<16}" + "".join(f"{domain} {torch.tensor(values).nanmean():8.3f}   " for domain, values in ccd.items()))
+
+
+def datasets(cfg: Config, options: Options, classes) -> tuple[SegmentationDataset, SegmentationDataset, SegmentationDataset]:
+    """Labelled training images, unlabelled target training images, labelled target test images."""
+    source_size, target_size = cfg.source_size or SIZES[cfg.source], cfg.target_size or SIZES[cfg.target]
+    for size in (source_size, target_size):
+        if cfg.crop and (cfg.crop.width > size.width or cfg.crop.height > size.height):
+            raise UserError(f"--crop {cfg.crop} is larger than the images ({size}); choose a smaller crop or larger images")
+    augment = Augment(flip=True, jitter=cfg.jitter, crop=cfg.crop)
+    if options.target_labels:
+        labelled = SegmentationDataset(find_pairs(options.data, cfg.target, "train", city=cfg.city), cfg.target, classes,
+                                       target_size, augment)
+    else:
+        labelled = SegmentationDataset(find_pairs(options.data, cfg.source, "train", images=options.source_images), cfg.source,
+                                       classes, source_size, augment)
+    target = SegmentationDataset(find_pairs(options.data, cfg.target, "train", city=cfg.city, labels=False), cfg.target,
+                                 classes, target_size, augment)
+    test = SegmentationDataset(find_pairs(options.data, cfg.target, "val", city=cfg.city), cfg.target, classes, target_size)
+    return labelled, target, test
+
+
+@command
+def main(argv: list[str] | None = None) -> None:
+    cfg, options = parse("fada.py", __doc__, (Config, Options), argv, TOY)
+    if options.toy:
+        toycity.ensure(options.data)
+    run = Run("fada", cfg, options, STAGES if cfg.distill else STAGES[:2])
+    classes = class_list(cfg.source, cfg.target)
+    source, target, test = datasets(cfg, options, classes)
+    single = {"single-scale": {}}
+    both = {**single, "multi-scale + flip": {"scales": cfg.test_scales, "flip": True}}
+
+    def network(name: str) -> nn.Module:
+        run.seed(name)
+        return run.place(build_model("v2", cfg.backbone, len(classes), options.init, cfg.freeze_bn, options.partial_init))
+
+    model = network("model")
+    run.watch(model, test, classes)
+    if options.eval:
+        run.evaluate(run.load_latest(model), model, test, classes, both)
+    else:
+        run.start_from(model)
+        train_source(run, cfg, model, source)
+        run.evaluate("source", model, test, classes, single)
+        adversarial(run, cfg, model, source, target, len(classes))
+        run.evaluate("adversarial", model, test, classes, single if cfg.distill else both)
+        if cfg.distill and run.reaches("distill"):
+            if run.trains("distill"):
+                write_pseudo_labels(run, model, target, run.folder / "pseudo_labels")
+                target = target.with_maps(run.folder / "pseudo_labels")
+            model = network("model")                                              # the student
+            run.watch(model, test, classes)
+            self_distill(run, cfg, model, target)
+            run.evaluate("distill", model, test, classes, both)
+    if cfg.ccd:
+        labelled = find_pairs(options.data, cfg.target, "train", city=cfg.city)
+        target = SegmentationDataset(labelled, cfg.target, classes, target.size)
+        report_class_center_distance(run, cfg, model, {"source": source, "target": target}, classes)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,493 @@
+"""FADA's equations against naive float64 loops written from the paper."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+import math
+import re
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import fada
+
+IGNORE = 255
+
+
+def random(*shape, seed=0, scale=2.0):
+    return scale * torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+# --------------------------------------------------------------------------------- the paper in loops
+
+
+def softmax(z):
+    e = [math.exp(v - max(z)) for v in z]
+    return [v / sum(e) for v in e]
+
+
+def samples(x):
+    """Every feature sample's vector of an (N, C, h, w) tensor."""
+    x = x.detach().double().numpy()
+    for n in range(x.shape[0]):
+        for i in range(x.shape[2]):
+            for j in range(x.shape[3]):
+                yield [x[n, c, i, j] for c in range(x.shape[1])]
+
+
+def upsample_loop(logits, H, W):
+    """Bilinear; the corners of the two grids coincide."""
+    x = logits.detach().numpy()
+    N, K, h, w = x.shape
+    out = np.zeros((N, K, H, W))
+    for n in range(N):
+        for k in range(K):
+            for i in range(H):
+                for j in range(W):
+                    y, u = (i * (h - 1) / (H - 1) if H > 1 else 0), (j * (w - 1) / (W - 1) if W > 1 else 0)
+                    y0, u0 = int(y), int(u)
+                    y1, u1 = min(y0 + 1, h - 1), min(u0 + 1, w - 1)
+                    top = (1 - (u - u0)) * x[n, k, y0, u0] + (u - u0) * x[n, k, y0, u1]
+                    bottom = (1 - (u - u0)) * x[n, k, y1, u0] + (u - u0) * x[n, k, y1, u1]
+                    out[n, k, i, j] = (1 - (y - y0)) * top + (y - y0) * bottom
+    return torch.from_numpy(out)
+
+
+def eq3(logits, label):
+    total, labelled = 0.0, 0
+    for z, y in zip(samples(upsample_loop(logits, *label.shape[-2:])), label.flatten().tolist()):
+        if y != IGNORE:
+            total, labelled = total - math.log(softmax(z)[y]), labelled + 1
+    return total / labelled
+
+
+def eq7(z, threshold):
+    p = softmax(z)
+    return [float(k == p.index(max(p)) and p[k] >= threshold) for k in range(len(p))]
+
+
+def eq8(z, T, clip):
+    return [min(a, clip) for a in softmax([v / T for v in z])]
+
+
+def domain_loss(d, a, domain):
+    """Mean over the samples of - sum_k a_k log P(domain, c = k | f), as in Eqs. (5) and (6)."""
+    total, count = 0.0, 0
+    for outputs, knowledge in zip(samples(d), samples(a)):
+        P = softmax(outputs)
+        for k in range(len(knowledge)):
+            total -= knowledge[k] * math.log(P[domain * len(knowledge) + k])
+        count += 1
+    return total / count
+
+
+def binary_loss(d, domain):
+    """Mean over the samples of - log P(domain | f), as in Eqs. (1) and (4); P(d = 1 | f) is a sigmoid."""
+    total, count = 0.0, 0
+    for source, target in samples(d):
+        P_target = 1 / (1 + math.exp(source - target))
+        total, count = total - math.log(P_target if domain == 1 else 1 - P_target), count + 1
+    return total / count
+
+
+def eq9(feat, label):
+    feat, label = feat.double().numpy(), label.tolist()
+    classes = sorted(set(label) - {IGNORE})
+    center = {}
+    for c in classes:
+        members = [x for x, y in zip(feat, label) if y == c]
+        center[c] = sum(members) / len(members)
+    values = []
+    for i in classes:
+        intra = [sum((v - m) ** 2 for v, m in zip(x, center[i])) for x, y in zip(feat, label) if y == i]
+        ratios = [sum(intra) / len(intra) / sum((p - q) ** 2 for p, q in zip(center[i], center[j]))
+                  for j in classes if j != i]
+        values.append(sum(ratios) / (len(classes) - 1))
+    return values
+
+
+# ----------------------------------------------------------------------------------------- Eq. (3)
+
+
+def labels(*shape, K, seed=0, ignored=0.3):
+    generator = torch.Generator().manual_seed(seed)
+    label = torch.randint(K, shape, generator=generator)
+    return label.masked_fill(torch.rand(shape, generator=generator) < ignored, IGNORE)
+
+
+@pytest.mark.parametrize("grid, size", [((3, 4), (7, 10)), ((2, 3), (2, 3)), ((1, 1), (4, 5)), ((3, 3), (5, 1))])
+def test_segmentation_loss_is_eq_3(grid, size):
+    logits, label = random(2, 5, *grid), labels(2, *size, K=4)                  # class 4 never occurs
+    label[0, 1:] = IGNORE                                                       # pixels are averaged, not images
+    assert fada.segmentation_loss(logits, label).item() == pytest.approx(eq3(logits, label), rel=1e-12)
+
+
+def test_segmentation_loss_of_one_labelled_pixel():
+    logits, label = random(2, 3, 2, 2), torch.full((2, 5, 5), IGNORE)
+    label[1, 4, 0] = 2                                                          # a corner: no interpolation
+    expected = -math.log(softmax(logits[1, :, 1, 0].tolist())[2])
+    assert fada.segmentation_loss(logits, label).item() == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_segmentation_loss_without_labels_is_zero(dtype):
+    logits = random(2, 3, 2, 2).to(dtype).requires_grad_()
+    loss = fada.segmentation_loss(logits, torch.full((2, 5, 5), IGNORE))
+    loss.backward()
+    assert loss.shape == () and loss.item() == 0 and (logits.grad == 0).all()
+
+
+def test_segmentation_loss_gradient():
+    label = labels(1, 4, 5, K=3)
+    assert torch.autograd.gradcheck(lambda z: fada.segmentation_loss(z, label), random(1, 3, 2, 3).requires_grad_())
+
+
+# ----------------------------------------------------------------------------------- Eqs. (7), (8), Sec. 3.2
+
+
+@pytest.mark.parametrize("threshold", [0.0, 0.6, 0.9])
+def test_hard_labels_is_eq_7(threshold):
+    z = random(2, 4, 5, 6)
+    a = fada.hard_labels(z, threshold)
+    assert a.shape == z.shape and list(samples(a)) == [eq7(v, threshold) for v in samples(z)]
+
+
+def test_hard_labels_at_the_threshold_and_in_ties():
+    z = torch.zeros(1, 2, 1, 1, dtype=torch.float64)                            # p = 1/2 twice, exactly
+    assert sorted(fada.hard_labels(z, 0.5).flatten().tolist()) == [0, 1]
+    assert not fada.hard_labels(z, math.nextafter(0.5, 1)).any()
+
+
+def test_hard_labels_default_threshold():
+    z = torch.tensor([[0.899, 0.101], [0.901, 0.099]], dtype=torch.float64).log()[:, :, None, None]
+    assert fada.hard_labels(z).flatten(1).tolist() == [[0, 0], [1, 0]]
+
+
+@pytest.mark.parametrize("T, clip", [(1.8, 0.9), (1.0, 0.7), (4.0, 1.0)])
+def test_soft_labels_is_eq_8_clipped(T, clip):
+    z = random(2, 4, 3, 5, scale=4)
+    expected = np.array([eq8(v, T, clip) for v in samples(z)])
+    np.testing.assert_allclose(np.array(list(samples(fada.soft_labels(z, T, clip)))), expected, rtol=1e-12)
+    if (T, clip) == (1.8, 0.9):
+        assert torch.equal(fada.soft_labels(z), fada.soft_labels(z, T, clip))   # Sec. 4.3 and Table 6
+
+
+def test_soft_labels_clip_without_renormalising():
+    z = random(2, 4, 3, 5, scale=4)
+    clipped, whole = fada.soft_labels(z, 1.8, 0.7), fada.soft_labels(z, 1.8, 1.0)
+    over = (whole > 0.7).any(dim=1)
+    assert over.any() and not over.all()
+    assert (clipped.amax(dim=1)[over] == 0.7).all() and (clipped.sum(dim=1)[over] < 1).all()
+    torch.testing.assert_close(whole.sum(dim=1), torch.ones(2, 3, 5, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("knowledge", [fada.hard_labels, fada.soft_labels, fada.binary_labels])
+def test_class_knowledge_has_no_gradient_and_stays_finite(knowledge):
+    z = random(2, 4, 3, 5, scale=1e4).requires_grad_()
+    a = knowledge(z)
+    assert not a.requires_grad and a.dtype == z.dtype and a.isfinite().all() and a.min() >= 0 and a.max() <= 1
+
+
+def test_domain_encoding():
+    a = random(2, 3, 2, 2)
+    zero = torch.zeros_like(a)
+    assert torch.equal(fada.domain_encoding(a, "source"), torch.cat([a, zero], dim=1))
+    assert torch.equal(fada.domain_encoding(a, "target"), torch.cat([zero, a], dim=1))
+    with pytest.raises(ValueError, match="Source"):
+        fada.domain_encoding(a, "Source")
+
+
+# ------------------------------------------------------------------------------------- Eqs. (5), (6), (1), (4)
+
+
+def discriminator_case(K):
+    """Raw outputs and soft class knowledge; the two domains differ in images and in grid."""
+    d_s, d_t = random(2, 2 * K, 3, 2, seed=1), random(3, 2 * K, 2, 5, seed=2)
+    z_s, z_t = random(2, 4, 3, 2, seed=3), random(3, 4, 2, 5, seed=4)
+    knowledge = fada.binary_labels if K == 1 else lambda z: torch.rand_like(z[:, :K])
+    torch.manual_seed(0)
+    return d_s, d_t, knowledge(z_s), knowledge(z_t)
+
+
+def test_discriminator_loss_is_eq_5():
+    d_s, d_t, a_s, a_t = discriminator_case(K=3)
+    expected = 0.5 * domain_loss(d_s, a_s, 0) + 0.5 * domain_loss(d_t, a_t, 1)
+    assert fada.discriminator_loss(d_s, d_t, a_s, a_t).item() == pytest.approx(expected, rel=1e-12)
+
+
+def test_adversarial_loss_is_eq_6():
+    _, d_t, _, a_t = discriminator_case(K=3)
+    assert fada.adversarial_loss(d_t, a_t).item() == pytest.approx(domain_loss(d_t, a_t, 0), rel=1e-12)
+
+
+def test_binary_labels_give_eqs_1_and_4():
+    d_s, d_t, a_s, a_t = discriminator_case(K=1)
+    assert torch.equal(a_t, torch.ones(3, 1, 2, 5, dtype=torch.float64))
+    expected = 0.5 * binary_loss(d_s, 0) + 0.5 * binary_loss(d_t, 1)
+    assert fada.discriminator_loss(d_s, d_t, a_s, a_t).item() == pytest.approx(expected, rel=1e-12)
+    assert fada.adversarial_loss(d_t, a_t).item() == pytest.approx(binary_loss(d_t, 0), rel=1e-12)
+
+
+def test_signs():
+    a = fada.hard_labels(random(1, 3, 4, 4), threshold=0.0)
+    as_source, as_target = torch.cat([100 * a, 0 * a], dim=1), torch.cat([0 * a, 100 * a], dim=1)
+    assert 0 <= fada.discriminator_loss(as_source, as_target, a, a) < 1e-12     # D is right about everything
+    assert fada.discriminator_loss(as_target, as_source, a, a) == pytest.approx(100)
+    assert fada.adversarial_loss(as_target, a) == pytest.approx(100)            # D is not fooled
+    assert 0 <= fada.adversarial_loss(as_source, a) < 1e-12                     # D is
+    wrong_class = torch.cat([100 * a.roll(1, dims=1), 0 * a], dim=1)            # right domain, wrong class
+    assert fada.adversarial_loss(wrong_class, a) == pytest.approx(100)
+
+
+def test_samples_without_class_knowledge_count_but_do_not_teach():
+    d = random(1, 6, 2, 2).requires_grad_()
+    a = fada.soft_labels(random(1, 3, 2, 2))
+    a[..., 0, :] = 0
+    loss = fada.adversarial_loss(d, a)
+    loss.backward()
+    assert loss.item() == pytest.approx(domain_loss(d, a, 0), rel=1e-12)        # the mean is over all samples
+    assert (d.grad[..., 0, :] == 0).all() and (d.grad[..., 1, :] != 0).all()
+
+
+def test_losses_of_d_gradient_and_finiteness():
+    d_s, d_t, a_s, a_t = (x[:1, :, :1, :2] for x in discriminator_case(K=3))
+    d_s, d_t = d_s.clone().requires_grad_(), d_t.clone().requires_grad_()
+    assert torch.autograd.gradcheck(lambda s, t: fada.discriminator_loss(s, t, a_s, a_t), (d_s, d_t))
+    assert torch.autograd.gradcheck(lambda t: fada.adversarial_loss(t, a_t), d_t)
+    huge = (1e5 * d_t).detach().requires_grad_()
+    loss = fada.adversarial_loss(huge, a_t) + fada.discriminator_loss(huge, huge, a_t, a_t)
+    loss.backward()
+    assert loss.isfinite() and huge.grad.isfinite().all()
+
+
+# ------------------------------------------------------------------------------- Eq. (2): the training stage
+
+
+class TinyNet(nn.Module):
+    feat_channels = 4
+
+    def __init__(self):
+        super().__init__()
+        self.features, self.classifier = nn.Conv2d(3, 4, 3, stride=2), nn.Conv2d(4, 3, 1)
+        self.features.bias.requires_grad_(False)                                # as a frozen batch norm
+
+    def forward(self, x):
+        feat = self.features(x).tanh()
+        return feat, 3 * self.classifier(feat)
+
+    def parameter_groups(self, lr):
+        return [{"params": list(self.parameters()), "lr": lr}]
+
+
+class TinyD(nn.Sequential):
+    """In place of the discriminator, whose outputs are float32: here everything is float64."""
+
+    def __init__(self, in_channels, num_classes):
+        super().__init__(nn.Conv2d(in_channels, 6, 3, padding=1), nn.LeakyReLU(0.2), nn.Conv2d(6, 2 * num_classes, 1))
+
+
+class StubRun:
+    """What a stage asks of a run; keeps the first weights of D and each iteration's gradients."""
+
+    def __init__(self, model, batches):
+        self.model, self.batches, self.gradients = model, batches, []
+
+    def seed(self, *names):
+        torch.manual_seed(7)
+
+    def place(self, module):
+        self.D = module.double()
+        self.first_D = copy.deepcopy(self.D)
+        return self.D
+
+    def stage(self, name, iterations, state, *datasets, batch_size):
+        assert name == "adversarial" and batch_size == 4                        # Sec. 4.3: 4 + 4 images
+        assert state["model"] is self.model and state["D"] is self.D
+        assert sum(isinstance(v, torch.optim.Optimizer) for v in state.values()) == 2
+        for it, batch in enumerate(self.batches):
+            yield it, *batch
+
+    def autocast(self):
+        return contextlib.nullcontext()
+
+    def report(self, **losses):
+        self.gradients.append(gradients(self.model) + gradients(self.D))
+
+
+def gradients(module):
+    return [None if p.grad is None else p.grad.clone() for p in module.parameters()]
+
+
+@pytest.mark.parametrize("kind", ["soft", "hard", "binary"])
+def test_adversarial_stage_equals_the_published_two_passes(kind, monkeypatch):
+    """G by L_seg and by D's opinion with D's gradients thrown away; then D on detached features, in its own passes."""
+    monkeypatch.setattr(fada, "FineGrainedDiscriminator", TinyD)
+    torch.manual_seed(0)
+    model = TinyNet().double()
+    reference = copy.deepcopy(model)
+    batches = [((random(1, 3, 7, 9, seed=s), labels(1, 7, 9, K=3, seed=s)), (random(1, 3, 9, 7, seed=s + 50), None))
+               for s in range(3)]
+    run, cfg = StubRun(model, batches), fada.Config(labels=kind, lambda_adv=0.5, hard_threshold=0.6)
+    fada.adversarial(run, cfg, model, None, None, num_classes=3)
+
+    D = run.first_D
+    sgd = torch.optim.SGD(reference.parameters(), lr=2.5e-4, momentum=0.9, weight_decay=1e-4)
+    adam = torch.optim.Adam(D.parameters(), lr=1e-4, betas=(0.9, 0.99))
+    knowledge = {"soft": fada.soft_labels, "binary": fada.binary_labels,
+                 "hard": lambda z: fada.hard_labels(z, 0.6)}[kind]
+    for got, ((x_s, y_s), (x_t, _)) in zip(run.gradients, batches):
+        feat_s, z_s = reference(x_s)
+        feat_t, z_t = reference(x_t)
+        sgd.zero_grad()
+        fada.segmentation_loss(z_s, y_s).backward()
+        (0.5 * fada.adversarial_loss(D(feat_t), knowledge(z_t))).backward()
+        adam.zero_grad()
+        fada.discriminator_loss(D(feat_s.detach()), D(feat_t.detach()), knowledge(z_s), knowledge(z_t)).backward()
+        for a, b in zip(got, gradients(reference) + gradients(D), strict=True):
+            assert (a is None) == (b is None)
+            if a is not None:
+                assert b.any()
+                torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+        sgd.step()
+        adam.step()
+    for a, b in zip([*model.parameters(), *run.D.parameters()], [*reference.parameters(), *D.parameters()]):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
+
+
+def test_only_the_intended_weights_are_reached():
+    torch.manual_seed(0)
+    model, x = TinyNet().double(), random(1, 3, 7, 7)
+    cfg = fada.Config(lambda_adv=1.0)
+    nothing = torch.full((1, 7, 7), IGNORE)                                     # L_seg = 0: what is left is L_adv
+    run = StubRun(model, [((x, nothing), (x + 1, nothing))])
+    fada.adversarial(run, cfg, model, None, None, num_classes=3)
+    weight, frozen, *classifier = run.gradients[0][:4]
+    assert weight.any() and frozen is None                                      # L_adv trains F,
+    assert all(g is None or not g.any() for g in classifier)                    # and a, that C made, is no way into C
+
+
+# ----------------------------------------------------------------------------------------- Eq. (9)
+
+
+def ccd_case(offset=0.0):
+    """Classes 2, 5, 18 of different sizes and centres, out of order, some features ignored."""
+    torch.manual_seed(0)
+    label = torch.tensor([18, 2, 5, IGNORE, 2, 18, 2, 5, 2, IGNORE, 5, 2])
+    return random(12, 3) + label[:, None] / 7.0 + offset, label
+
+
+def test_class_center_distance_is_eq_9():
+    feat, label = ccd_case()
+    got = fada.class_center_distance(feat, label)
+    assert got.dtype == torch.float64
+    np.testing.assert_allclose(got.numpy(), eq9(feat, label), rtol=1e-10)
+    feat[label == IGNORE] = math.inf                                            # ignored features are not looked at
+    np.testing.assert_allclose(fada.class_center_distance(feat, label).numpy(), got, rtol=1e-12)
+
+
+@pytest.mark.parametrize("dtype, offset", [(torch.float32, 300.0), (torch.bfloat16, 0.0)])
+def test_class_center_distance_accumulates_in_float64(dtype, offset):
+    feat, label = ccd_case(offset)
+    feat = feat.to(dtype)
+    np.testing.assert_allclose(fada.class_center_distance(feat, label).numpy(), eq9(feat, label), rtol=1e-7)
+
+
+def test_class_center_distance_by_hand():
+    feat = torch.tensor([[0.0, 0], [2, 0], [1, 3], [5, 0]])                     # centres (1,0), (1,3), (5,0)
+    got = fada.class_center_distance(feat, torch.tensor([9, 9, 1, 4]))
+    assert got.tolist() == pytest.approx([0, 0, (1 / 9 + 1 / 16) / 2])          # classes 1, 4, 9
+
+
+def test_class_center_distance_without_other_classes():
+    feat = random(3, 4)
+    assert fada.class_center_distance(feat, torch.tensor([6, 6, IGNORE])).isnan().tolist() == [True]
+    assert fada.class_center_distance(feat, torch.full((3,), IGNORE)).shape == (0,)
+
+
+def test_class_moments_of_uneven_chunks_add_up():
+    feat, label = ccd_case()
+    parts = [fada.class_moments(f, y, 19) for f, y in zip(feat.split([1, 3, 8]), label.split([1, 3, 8]))]
+    moments = [sum(part) for part in zip(*parts)]
+    count, total, square = moments
+    assert count.tolist() == [0, 0, 5, 0, 0, 3] + 12 * [0] + [2]
+    assert total.shape == (19, 3) and square.shape == (19,) and all(m.dtype == torch.float64 for m in moments)
+    ccd = fada.class_center_distance_from_moments(*moments)
+    assert ccd.shape == (19,) and ccd.isfinite().nonzero().flatten().tolist() == [2, 5, 18]
+    np.testing.assert_allclose(ccd[[2, 5, 18]].numpy(), eq9(feat, label), rtol=1e-10)
+
+
+def test_report_pairs_each_feature_with_its_own_label(capsys):
+    class Names(tuple):
+        names = ("road", "sky", "car")
+
+    class Sweep:
+        def seed(self, *names):
+            torch.manual_seed(0)
+
+        def sweep(self, what, dataset):
+            for x, label in dataset:
+                yield x, label, ("name",)
+
+        autocast = StubRun.autocast
+
+    class Double(nn.Module):
+        def forward(self, x):
+            return x[:, :, ::2, ::2], None                                      # the nearest pixel of the grid
+
+    domains = {d: [(random(1, 4, 4, 6, seed=s), labels(1, 4, 6, K=3, seed=s)) for s in seeds]
+               for d, seeds in {"source": (1, 2, 3), "target": (4, 5)}.items()}
+    fada.report_class_center_distance(Sweep(), fada.Config(), Double(), domains, Names(range(3)))
+    domains["both"] = domains["source"] + domains["target"]
+    lines = capsys.readouterr().out.splitlines()
+    printed = {line.split()[0]: [float(v) for v in re.findall(r"\d+\.\d+", line)] for line in lines}
+    expected = [eq9(torch.tensor([v for x, _ in pairs for v in samples(x[:, :, ::2, ::2])]),
+                    torch.cat([y[:, ::2, ::2].flatten() for _, y in pairs])) for pairs in domains.values()]
+    for k, name in enumerate(Names.names):
+        assert printed[name] == pytest.approx([values[k] for values in expected], abs=6e-4)
+    assert printed["mean"] == pytest.approx([sum(values) / 3 for values in expected], abs=6e-4)
+
+
+# ---------------------------------------------------------------------------------------- Sec. 4.3
+
+
+@pytest.mark.parametrize("K", [1, 19])
+def test_discriminator_is_that_of_sec_4_3(K):
+    D = fada.FineGrainedDiscriminator(8, K)
+    convs = [m for m in D.modules() if isinstance(m, nn.Conv2d)]
+    assert [(c.in_channels, c.out_channels) for c in convs] == [(8, 256), (256, 128), (128, 2 * K)]
+    assert all((c.kernel_size, c.stride, c.padding, c.dilation) == ((3, 3), (1, 1), (1, 1), (1, 1)) for c in convs)
+    x = expected = random(2, 8, 5, 3).float()
+    for conv in convs:
+        expected = conv(expected if conv is convs[0] else torch.where(expected > 0, expected, 0.2 * expected))
+    torch.testing.assert_close(D(x), expected)                                  # nothing else, nothing after the last
+    assert D(x).shape == (2, 2 * K, 5, 3)
+
+
+PAPER = dict(backbone="resnet101", labels="soft", T=1.8, clip=0.9, hard_threshold=0.9, lambda_adv=0.001, lr=2.5e-4,
+             momentum=0.9, weight_decay=1e-4, lr_discriminator=1e-4, betas=(0.9, 0.99), source_iterations=20_000,
+             adversarial_iterations=40_000, distill=True, batch_size=8, ccd_images=2000)       # Sec. 4.3, 4.5, 4.6
+
+
+def test_defaults_are_the_papers():
+    fields = {f.name: f for f in dataclasses.fields(fada.Config) if f.metadata["paper"] is not None}
+    assert {name: f.metadata["paper"] for name, f in fields.items()} == PAPER
+    assert {name: f.default for name, f in fields.items()} == PAPER
+    assert all(re.fullmatch(r"Sec\. [34]\.\d", f.metadata["section"]) for f in fields.values())
+
+
+def test_what_the_paper_does_not_give_says_so(capsys):
+    with pytest.raises(SystemExit) as stop:
+        fada.main(["--help"])
+    assert stop.value.code == 0
+    text = " ".join(capsys.readouterr().out.split("\nConfig (")[1].split("\nOptions (")[0].split())
+    departures = fada.__doc__.split("Departures:")[1]
+    for field in dataclasses.fields(fada.Config):
+        shown = re.search(rf"--{field.name.replace('_', '-')}[ ,].*?\[[^\[\]]*; paper:? ([^\]]+)\]", text)[1]
+        if field.metadata["paper"] is None:
+            assert shown == "†" or f"`{field.name}`" in departures
+        else:
+            assert "(Sec." in shown

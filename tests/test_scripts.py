@@ -1,0 +1,116 @@
+"""Every script as a user meets it: --help, import, end to end, resumed in each stage, copied out."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from common.run import Run
+
+ROOT = Path(__file__).parents[1]
+SCRIPTS = {
+    "fada": "--source-iterations 3 --adversarial-iterations 3 --distill-iterations 3 --batch-size 2",
+}
+
+
+def arguments(script: str, city: Path, runs: Path, *more: str) -> list[str]:
+    small = "--backbone resnet18 --init none --source-size 64x32 --target-size 64x32 --workers 0 --log-every 1 --save-every 1"
+    return ["--data", str(city), "--runs", str(runs), *small.split(), *SCRIPTS[script].split(), *more]
+
+
+def final_state(folder: Path, stage: str) -> dict:
+    return torch.load(folder / f"{stage}.pt", weights_only=True)["state"]["model"]
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_end_to_end_and_resumed_in_every_stage(script, city, tmp_path, monkeypatch):
+    module = importlib.import_module(script)
+    module.main(arguments(script, city, tmp_path, "--tag", "whole"))
+    whole = tmp_path / f"{script}-gta5-whole"
+    results = json.loads((whole / "results.json").read_text())
+    assert list(results) == list(module.STAGES)
+    for stage in module.STAGES:
+        assert (whole / f"{stage}.png").exists() and (whole / f"{stage}-losses.png").exists()
+
+    # Stop after the second iteration of every stage in turn, start again, and end where the undisturbed run ended.
+    for stage in module.STAGES:
+        def report(self, _stage=stage, _report=Run.report, **losses):
+            _report(self, **losses)
+            report.count += 1
+            if report.count == 2 + 3 * module.STAGES.index(_stage):
+                self._stop = True                                # what SIGTERM's handler does
+        report.count = 0
+        monkeypatch.setattr(Run, "report", report)
+        shutil.rmtree(tmp_path / f"{script}-gta5-stopped", ignore_errors=True)
+        with pytest.raises(SystemExit) as stopped:
+            module.main(arguments(script, city, tmp_path, "--tag", "stopped"))
+        assert stopped.value.code == 0
+        monkeypatch.undo()
+        assert torch.load(tmp_path / f"{script}-gta5-stopped/last.pt", weights_only=True)["stage"] == stage
+        module.main(arguments(script, city, tmp_path, "--tag", "stopped"))
+        for name in module.STAGES:
+            again, once = final_state(tmp_path / f"{script}-gta5-stopped", name), final_state(whole, name)
+            assert all(torch.equal(again[key], once[key]) for key in once), (stage, name)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help_and_import_have_no_side_effects(script, tmp_path):
+    code = (f"import sys; sys.path.insert(0, {str(ROOT)!r}); sys.argv = ['x', '--no-such-flag']; import torch, {script}; "
+            "assert not torch.cuda.is_initialized()")
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True, capture_output=True)
+    assert os.listdir(tmp_path) == []
+    shown = subprocess.run([sys.executable, str(ROOT / f"{script}.py"), "--help"], cwd=tmp_path, check=True,
+                           capture_output=True, text=True)
+    assert "Departures:" in shown.stdout and os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_copied_out_it_runs(script, city, tmp_path):
+    shutil.copy(ROOT / f"{script}.py", tmp_path)
+    shutil.copytree(ROOT / "common", tmp_path / "common", ignore=shutil.ignore_patterns("__pycache__"))
+    line = [sys.executable, f"{script}.py", *arguments(script, city, Path("runs"), "--stage", "source")]
+    done = subprocess.run(line, cwd=tmp_path, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": ""})
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / f"runs/{script}-gta5/source.pt").exists()
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_only_the_five_packages_and_no_other_script(script):
+    files = [ROOT / f"{script}.py", *(ROOT / "common").glob("*.py")]
+    allowed = sys.stdlib_module_names | {"torch", "torchvision", "numpy", "PIL", "scipy", "common"}
+    for file in files:
+        names = re.findall(r"^\s*(?:from|import) (\w+)", file.read_text(), flags=re.MULTILINE)
+        assert set(names) <= allowed | ({"c2f"} if file.name == "bismap.py" else set()), file
+
+
+def run_main(script: str, *argv: str) -> int:
+    with pytest.raises(SystemExit) as stop:
+        importlib.import_module(script).main(list(argv))
+    return stop.value.code
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize(("more", "words"), [
+    (["--crop", "65x32"], "--crop 65x32 is larger than the images (64x32)"),
+    (["--stage", "finish"], "--stage finish is unknown"),
+    (["--device", "cuda"], "--device cuda is not available"),
+    (["--from", "missing.pt"], "there is no checkpoint missing.pt"),
+    (["--init", "missing.pth"], "--init missing.pth cannot be read"),
+    (["--eval"], "there is nothing to evaluate"),
+    (["--data", "nowhere"], "nowhere"),
+    (["--source", "gta4"], "--source: invalid choice: 'gta4'"),
+])
+def test_a_mistake_is_told_before_anything_runs(script, more, words, city, tmp_path, capsys):
+    if more[:2] == ["--device", "cuda"] and torch.cuda.is_available():
+        pytest.skip("there is a GPU here")
+    assert run_main(script, *arguments(script, city, tmp_path), *more) == 2
+    assert words in capsys.readouterr().err

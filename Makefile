@@ -1,0 +1,42 @@
+# make demo and make test do everything on a fresh machine: both make .venv first if it is not there.
+PYTHON ?= python3
+VENV   := .venv
+PY     := $(VENV)/bin/python
+METHOD ?= fada
+SEEDS  ?= 0 1 2
+NAME   ?= toy
+ARGS   ?= --toy
+
+help:                     ## show this list
+	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/:[^#]*## */\t/' | expand -t 12
+
+setup: $(VENV)/ready      ## make .venv with the five packages and the tools for tests
+
+$(VENV)/ready: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install --quiet --upgrade pip
+	$(PY) -m pip install --quiet torch torchvision numpy pillow scipy pytest ruff scikit-image scikit-learn cityscapesscripts
+	touch $@
+
+demo: setup               ## toy city, FADA end to end in minutes: table and pictures
+	$(PY) fada.py --toy --tag demo $(DEMO)
+
+DEMO = --source-iterations 200 --adversarial-iterations 200 --distill-iterations 100
+
+test: setup lint          ## lint, then all tests
+	$(PY) -m pytest
+
+lint: setup               ## style
+	$(PY) -m ruff check .
+
+bench: setup              ## speed, as ratios measured side by side in one run
+	$(PY) tests/bench.py
+
+results: setup            ## METHOD=fada [SEEDS="0 1 2"] [NAME=pair ARGS="--data PATH --init PATH ..."]: the README's tables
+	$(PY) -m common.results $(METHOD) --seeds $(SEEDS) --name $(NAME) -- $(ARGS)
+
+clean:                    ## remove .venv, runs and the toy city
+	rm -rf $(VENV) runs data/toycity .ruff_cache
+	find . -name __pycache__ -prune -exec rm -rf {} +
+
+.PHONY: help setup demo test lint bench results clean

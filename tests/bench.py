@@ -1,0 +1,175 @@
+"""`make bench`: what the methods and the plumbing cost, as ratios measured side by side in one process.
+
+Each row times two things in turn, several times, and gives the median of the ratios with their range: the machine's load
+and clock fall on both. Rows: python tests/bench.py [part of a row's name ...]
+"""
+
+from __future__ import annotations
+
+import contextlib
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import fada
+from common import data, metrics
+from common.cli import Size
+from common.deeplab import build_model
+
+
+def timed(function) -> float:
+    begin = time.perf_counter()
+    function()
+    return time.perf_counter() - begin
+
+
+def row(name: str, goal: str, ratios: list[float], note: str = "") -> None:
+    median, low, high = statistics.median(ratios), min(ratios), max(ratios)
+    print(f"| {name} | {median:.2f} | {low:.2f} to {high:.2f} | {goal} | {note} |", flush=True)
+
+
+def interleaved(first, second, repetitions: int) -> tuple[list[float], float, float]:
+    """(ratios first / second, median seconds of each), after one warm-up of both."""
+    first(), second()
+    pairs = [(timed(first), timed(second)) for _ in range(repetitions)]
+    return [a / b for a, b in pairs], *(statistics.median(times) for times in zip(*pairs, strict=True))
+
+
+class StepRun:
+    """Stands in for a Run: hands the same batches to a script's stage and times each pass through its loop body,
+    in turn with a bare step of a copy of the network on the same batches."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, bare, batches, iterations: int):
+        self.bare, self.batches, self.iterations, self.pairs = bare, batches, iterations, []
+
+    def stage(self, name, iterations, state, *datasets, batch_size):
+        for it in range(self.iterations + 1):
+            bare = timed(self.bare)
+            begin = time.perf_counter()
+            yield it, *self.batches
+            if it:                                               # the first is the warm-up
+                self.pairs.append((time.perf_counter() - begin, bare))
+
+    def seed(self, *names):
+        torch.manual_seed(0)
+
+    def place(self, module):
+        return module
+
+    def autocast(self):
+        return contextlib.nullcontext()
+
+    def report(self, **losses):
+        pass
+
+
+def network_step(network: str, images: list[torch.Tensor]):
+    """(model, a function that does one forward, backward and update of a copy of it on `images`)."""
+    torch.manual_seed(0)
+    model, copy = (build_model(network, "resnet101", 19, "none", "encoder") for _ in range(2))
+    optimizer = torch.optim.SGD(copy.parameter_groups(1e-6), momentum=0.9, weight_decay=1e-4)
+
+    def bare():
+        loss = sum(copy(x)[1].mean() for x in images)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return model, bare
+
+
+def fada_step() -> None:
+    x_s, x_t = torch.randn(2, 2, 3, 128, 256).unbind()
+    y = torch.randint(0, 19, (2, 128, 256))
+    model, bare = network_step("v2", [x_s, x_t])
+    run = StepRun(bare, ((x_s, y), (x_t, y)), iterations=5)
+    fada.adversarial(run, fada.Config(lr=1e-6), model, None, None, 19)
+    ratios = [a / b for a, b in run.pairs]
+    row("FADA: adversarial step / bare step (ResNet-101, 2 + 2 images of 256x128)", "at most 1.13", ratios,
+        f"bare {statistics.median(b for _, b in run.pairs):.2f} s")
+
+
+def gta5_files(root: Path, count: int) -> list[data.Pair]:
+    """Files of GTA5's size and kind; the image is smooth noise, so that decoding costs what a photograph costs."""
+    rng = np.random.default_rng(0)
+    pairs = []
+    for k in range(count):
+        small = Image.fromarray(rng.integers(0, 256, (105, 191, 3), dtype=np.uint8)).resize((1914, 1052), Image.BICUBIC)
+        noisy = np.clip(np.asarray(small, dtype=np.int16) + rng.integers(-6, 7, (1052, 1914, 3)), 0, 255).astype(np.uint8)
+        blocks = rng.choice([7, 8, 11, 21, 23, 26], (66, 120)).astype(np.uint8)
+        label = Image.fromarray(blocks).resize((1914, 1052), Image.NEAREST)
+        label.putpalette(list(range(256)) * 3)
+        Image.fromarray(noisy).save(root / f"{k}.png")
+        label.save(root / f"{k}_label.png")
+        pairs.append(data.Pair(root / f"{k}.png", root / f"{k}_label.png", str(k)))
+    return pairs
+
+
+def pillow_item(pair: data.Pair, ids: dict[int, int]) -> tuple[np.ndarray, np.ndarray]:
+    """What the usual loaders do: Pillow, NumPy, one comparison a class."""
+    image = Image.open(pair.image).convert("RGB").resize((1280, 720), Image.BICUBIC)
+    ids_map = np.asarray(Image.open(pair.label).resize((1280, 720), Image.NEAREST), dtype=np.float32)
+    label = np.full(ids_map.shape, 255, dtype=np.float32)
+    for file_id, index in ids.items():
+        label[ids_map == file_id] = index
+    image = (np.asarray(image, dtype=np.float32) / 255 - data.IMAGENET_MEAN) / data.IMAGENET_STD
+    return image.transpose(2, 0, 1).copy(), label
+
+
+def loader() -> None:
+    ids = dict(zip([7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33], range(19), strict=True))
+    with tempfile.TemporaryDirectory() as folder:
+        pairs = gta5_files(Path(folder), 4)
+        for jitter in (0.0, 0.5):
+            dataset = data.SegmentationDataset(pairs, "gta5", data.class_list("gta5"), Size(1280, 720),
+                                               data.Augment(flip=True, jitter=jitter))
+            ratios, plain, ours = interleaved(lambda: [pillow_item(pair, ids) for pair in pairs],
+                                              lambda dataset=dataset: [dataset[k, k] for k in range(len(pairs))], 5)
+            row(f"loader: images a second / plain Pillow loop's (GTA5, one process, jitter {jitter}; the loop has none)",
+                "above 1" if not jitter else "", ratios, f"{4 / ours:.1f} against {4 / plain:.1f} images/s")
+
+
+def evaluation() -> None:
+    from cityscapesscripts.evaluation import evalPixelLevelSemanticLabeling as official
+    rng = np.random.default_rng(0)
+    classes = data.class_list("gta5")
+    with tempfile.TemporaryDirectory() as folder:
+        names = [Path(folder) / f"x_{kind}.png" for kind in ("gtFine_labelIds", "pred")]
+        ids = np.array([7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33])
+        for name in names:
+            small = Image.fromarray(rng.choice(ids, (128, 256)).astype(np.uint8))
+            small.resize((2048, 1024), Image.NEAREST).save(name)
+        prediction = data.read_label(names[1], "cityscapes", classes).long()
+
+        def ours():
+            return metrics.confusion_matrix(prediction, data.read_label(names[0], "cityscapes", classes).long(), 19)
+
+        def theirs():
+            args = official.args
+            args.evalInstLevelScore, args.quiet = False, True
+            matrix = official.generateMatrix(args)
+            official.evaluatePair(str(names[1]), str(names[0]), matrix, official.generateInstanceStats(args), {}, args)
+
+        ratios, theirs_s, ours_s = interleaved(theirs, ours, 5)
+        row("evaluation: cityscapesscripts' seconds / ours (one 2048x1024 image)", "above 1", ratios,
+            f"{theirs_s:.2f} s against {ours_s:.3f} s")
+
+
+BENCHES = {"fada": fada_step, "loader": loader, "evaluation": evaluation}
+
+if __name__ == "__main__":
+    torch.set_num_threads(min(2, torch.get_num_threads()))
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads\n")
+    print("| what | median ratio | range | goal | |\n|---|---|---|---|---|")
+    for name, bench in BENCHES.items():
+        if not sys.argv[1:] or any(part in name for part in sys.argv[1:]):
+            bench()

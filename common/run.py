@@ -98,6 +98,7 @@ class Run:
         """
         if self.finished(name):
             load_state(read_checkpoint(self.folder / f"{name}.pt")["state"], state)
+            print(f"{name}: finished before, loaded {self.folder / name}.pt", flush=True)
             return
         if name not in self.selected:
             return
@@ -207,15 +208,17 @@ class Run:
     # ------------------------------------------------------------------ results
 
     def evaluate(self, name: str, model: nn.Module, dataset, classes, tests: dict[str, dict]) -> None:
-        """Evaluate a finished stage once, keep the result in results.json, print the table, write a picture.
+        """Evaluate a finished stage once, keep the result in results.json, write a picture, print the run's table so far.
 
         Args:
             name: the stage.
             dataset: labelled target images.
             tests: name of each test mode -> keyword arguments of `metrics.predict` (scales, flip).
         """
+        if not (self.finished(name) or self.options.eval):
+            return
         results = self.results()
-        if name not in results and (self.finished(name) or self.options.eval):
+        if name not in results:
             results[name] = {}
             for test, how in tests.items():
                 with self.autocast():
@@ -224,9 +227,10 @@ class Run:
             self._write_pictures(name, model, dataset, classes)
             if not self.options.eval:
                 write_atomically(self.folder / "results.json", json.dumps(results, indent=1).encode())
-            columns = {test: torch.tensor(result["matrix"]) for test, result in results[name].items()}
-            print(f"{name}{' (trained with target labels: an upper bound)' if self.options.target_labels else ''}")
-            print(metrics.score_table(columns, classes), flush=True)
+        columns = {f"{stage}" if test == "single-scale" else f"{stage}, {test}": torch.tensor(result["matrix"])
+                   for stage, modes in results.items() for test, result in modes.items()}
+        print(f"\nIoU in percent{', trained with target labels: an upper bound' * self.options.target_labels}")
+        print(metrics.score_table(columns, classes), end="\n\n", flush=True)
 
     def results(self) -> dict:
         path = self.folder / "results.json"
@@ -299,8 +303,9 @@ class Run:
 
     def _look(self, stage: str, done: int) -> None:
         model, dataset, classes = self._watched
+        loader = data.sweep_loader(dataset, self.options.workers, pin=self.device.type == "cuda")
         with self.autocast():
-            matrix = metrics.evaluate(model, self.sweep(f"{stage} {done}", dataset), len(classes), self.device)
+            matrix = metrics.evaluate(model, loader, len(classes), self.device)
         means = summary(matrix, classes)
         means = {name: round(100 * value, 2) for name, value in means.items() if isinstance(value, float)}
         self.log(stage=stage, iteration=done, miou=means)

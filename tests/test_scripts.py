@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from common.cli import defaults_table
 from common.run import Run
 
 ROOT = Path(__file__).parents[1]
@@ -90,6 +91,13 @@ def test_only_the_five_packages_and_no_other_script(script):
     for file in files:
         names = re.findall(r"^\s*(?:from|import) (\w+)", file.read_text(), flags=re.MULTILINE)
         assert set(names) <= allowed | ({"c2f"} if file.name == "bismap.py" else set()), file
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_the_readme_shows_the_defaults(script):
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    shown = readme.split(f"<!-- defaults: {script} -->\n")[1].split("<!-- /defaults -->")[0]
+    assert shown.strip() == defaults_table(importlib.import_module(script).Config)
 
 
 def run_main(script: str, *argv: str) -> int:

@@ -26,7 +26,7 @@ Stages: source (20k) -> adversarial (40k) -> distill (20k) -> single-scale and m
     python fada.py --toy                                     the toy city, some minutes on two cores
     python fada.py --source gta5                             the paper's GTA5 -> Cityscapes; again to resume
     python fada.py --source cityscapes --target crosscity --city Rome
-    python fada.py --source synthia --labels hard --from runs/fada-synthia/source.pt --tag hard        Table 5
+    python fada.py --source synthia --labels hard --no-distill --from runs/fada-synthia/source.pt --tag hard      Table 5
     python fada.py --source gta5 --eval                      only evaluate what the run has reached
 
 Departures:
@@ -90,8 +90,8 @@ class Config:
     momentum: float = option(0.9, "SGD's momentum", paper=0.9, section="Sec. 4.3", low=0.0, high=1.0)
     weight_decay: float = option(1e-4, "SGD's weight decay", paper=1e-4, section="Sec. 4.3", low=0.0)
     lr_discriminator: float = option(1e-4, "Adam's initial rate for D", paper=1e-4, section="Sec. 4.3", low=0.0)
-    betas: tuple[float, ...] = option((0.9, 0.99), "Adam's two betas for D", paper=(0.9, 0.99), section="Sec. 4.3", low=0.0,
-                                      high=1.0)
+    beta1: float = option(0.9, "Adam's beta_1 for D", paper=0.9, section="Sec. 4.3", low=0.0, high=0.99999)
+    beta2: float = option(0.99, "Adam's beta_2 for D", paper=0.99, section="Sec. 4.3", low=0.0, high=0.99999)
     source_iterations: int = option(20_000, "iterations on the source alone", paper=20_000, section="Sec. 4.3", low=1)
     adversarial_iterations: int = option(40_000, "iterations of adversarial training", paper=40_000, section="Sec. 4.3",
                                          low=1)
@@ -105,13 +105,15 @@ class Config:
     crop: Size | None = option(None, "random crop of both domains in training; automatic: none")
     jitter: float = option(0.5, "colour jitter: brightness, contrast, saturation by this, hue by 0.4 of it", low=0.0, high=1.0)
     test_scales: tuple[float, ...] = option((0.7, 1.0, 1.3), "scales of the multi-scale test, each also flipped", low=0.1)
-    ccd: bool = option(False, "also report the class center distance, Eq. (9); needs labels of the target's training set")
-    ccd_images: int = option(2000, "images a domain for the class center distance", paper=2000, section="Sec. 4.5", low=1)
+    ccd: bool = option(False, "also report the class center distance, Eq. (9); needs labels of the target's training set",
+                       identity=False)
+    ccd_images: int = option(2000, "images a domain for the class center distance", paper=2000, section="Sec. 4.5", low=1,
+                             identity=False)
 
 
 TOY = dict(data="data/toycity", init="none", backbone="resnet18", source_size=Size(128, 64), target_size=Size(128, 64),
-           source_iterations=600, adversarial_iterations=600, distill_iterations=300, lr=2.5e-3, workers=0, amp="bf16",
-           channels_last=True)
+           source_iterations=600, adversarial_iterations=600, distill_iterations=400, lr=2.5e-3, lambda_adv=0.005,
+           lr_discriminator=3e-4, workers=0, amp="bf16", channels_last=True)
 
 RESULTS = {                                            # `make results METHOD=fada`: row -> (stage reported, flags of its run)
     "source only": ("source", "--stage source"),
@@ -279,14 +281,15 @@ def class_center_distance(feat: Tensor, label: Tensor) -> Tensor:
 
 
 def sgd(model: nn.Module, cfg: Config) -> torch.optim.SGD:
+    """Sec. 4.3's optimizer of F and C."""
     return torch.optim.SGD(model.parameter_groups(cfg.lr), lr=cfg.lr, momentum=cfg.momentum, weight_decay=cfg.weight_decay)
 
 
-def train_source(run: Run, cfg: Config, model: nn.Module, source: SegmentationDataset) -> None:
+def train_source(run: Run, cfg: Config, model: nn.Module, source: SegmentationDataset, iterations: int) -> None:
     """Stage 1: the task loss alone, Eq. (3)."""
     optimizer = sgd(model, cfg)
     state = {"model": model, "optimizer": optimizer}
-    for _, (x, y) in run.stage("source", cfg.source_iterations, state, source, batch_size=cfg.batch_size):
+    for _, (x, y) in run.stage("source", iterations, state, source, batch_size=cfg.batch_size):
         with run.autocast():
             _, logits = model(x)                                                  # (N, K, h, w)
         loss = segmentation_loss(logits, y)
@@ -305,7 +308,7 @@ def adversarial(run: Run, cfg: Config, model: nn.Module, source: SegmentationDat
     run.seed("discriminator")
     D = run.place(FineGrainedDiscriminator(model.feat_channels, 1 if cfg.labels == "binary" else num_classes))
     optimizer = sgd(model, cfg)
-    optimizer_D = torch.optim.Adam(D.parameters(), lr=cfg.lr_discriminator, betas=cfg.betas)
+    optimizer_D = torch.optim.Adam(D.parameters(), lr=cfg.lr_discriminator, betas=(cfg.beta1, cfg.beta2))
     weights_G, weights_D = [p for p in model.parameters() if p.requires_grad], list(D.parameters())
     state = {"model": model, "D": D, "optimizer": optimizer, "optimizer_D": optimizer_D}
     for _, (x_s, y_s), (x_t, _) in run.stage("adversarial", cfg.adversarial_iterations, state, source, target,
@@ -333,10 +336,9 @@ def write_pseudo_labels(run: Run, model: nn.Module, target: SegmentationDataset,
     """The adapted model's argmax on every pixel of every target image, without a threshold, as PNGs of class indices."""
     model.eval()
     for x, _, (name,) in run.sweep("pseudo labels", target):
-        if not (folder / f"{name}.png").exists():                                 # left by an interrupted pass
-            with run.autocast():
-                _, logits = model(x)
-            save_label(folder / f"{name}.png", upsample(logits, x.shape[-2:]).argmax(dim=1)[0])
+        with run.autocast():
+            _, logits = model(x)
+        save_label(folder / f"{name}.png", upsample(logits, x.shape[-2:]).argmax(dim=1)[0])
     model.train()
 
 
@@ -366,7 +368,9 @@ def report_class_center_distance(run: Run, cfg: Config, model: nn.Module, domain
         for x, label, _ in run.sweep(f"class center distance, {domain}", torch.utils.data.Subset(dataset, chosen)):
             with run.autocast():
                 feat, _ = model(x)                                                # (1, D, h, w)
-            label = F.interpolate(label[None].float(), feat.shape[-2:], mode="nearest")[0].long()
+            label = F.interpolate(label[None].float(), feat.shape[-2:], mode="nearest-exact")[0].long()
+            if feat.device.type == "mps":                                         # which has no float64
+                feat, label = feat.cpu(), label.cpu()
             new = class_moments(feat.permute(0, 2, 3, 1).flatten(0, 2), label.flatten(), len(classes))
             moments[domain] = [a + b for a, b in zip(moments[domain], new, strict=True)] if domain in moments else new
     moments["both"] = [sum(parts) for parts in zip(*moments.values(), strict=True)]
@@ -376,62 +380,71 @@ def report_class_center_distance(run: Run, cfg: Config, model: nn.Module, domain
     print(f"{'mean':<16}" + "".join(f"{domain} {torch.tensor(values).nanmean():8.3f}   " for domain, values in ccd.items()))
 
 
-def datasets(cfg: Config, options: Options, classes) -> tuple[SegmentationDataset, SegmentationDataset, SegmentationDataset]:
-    """Labelled training images, unlabelled target training images, labelled target test images."""
-    source_size, target_size = cfg.source_size or SIZES[cfg.source], cfg.target_size or SIZES[cfg.target]
-    for size in (source_size, target_size):
+def check(cfg: Config, options: Options) -> None:
+    """Refuse what cannot be meant, before anything is loaded."""
+    if cfg.source == cfg.target:
+        raise UserError(f"--source and --target are both {cfg.source}; add --target crosscity --city {cfg.city}")
+    if cfg.batch_size % 2:
+        raise UserError(f"--batch-size {cfg.batch_size} is odd, and half of a batch comes from each domain; use an even number")
+    if cfg.target == "crosscity" and (options.target_labels or cfg.ccd):
+        raise UserError("Cross-City's training images have no labels: --target-labels and --ccd are for --target cityscapes")
+    for size in (cfg.source_size or SIZES[cfg.source], cfg.target_size or SIZES[cfg.target]):
         if cfg.crop and (cfg.crop.width > size.width or cfg.crop.height > size.height):
             raise UserError(f"--crop {cfg.crop} is larger than the images ({size}); choose a smaller crop or larger images")
-    augment = Augment(flip=True, jitter=cfg.jitter, crop=cfg.crop)
-    if options.target_labels:
-        labelled = SegmentationDataset(find_pairs(options.data, cfg.target, "train", city=cfg.city), cfg.target, classes,
-                                       target_size, augment)
-    else:
-        labelled = SegmentationDataset(find_pairs(options.data, cfg.source, "train", images=options.source_images), cfg.source,
-                                       classes, source_size, augment)
-    target = SegmentationDataset(find_pairs(options.data, cfg.target, "train", city=cfg.city, labels=False), cfg.target,
-                                 classes, target_size, augment)
-    test = SegmentationDataset(find_pairs(options.data, cfg.target, "val", city=cfg.city), cfg.target, classes, target_size)
-    return labelled, target, test
 
 
 @command
 def main(argv: list[str] | None = None) -> None:
+    """The stages in order, each followed by its evaluation."""
     cfg, options = parse("fada.py", __doc__, (Config, Options), argv, TOY)
+    check(cfg, options)
     if options.toy:
         toycity.ensure(options.data)
     run = Run("fada", cfg, options, STAGES if cfg.distill else STAGES[:2])
     classes = class_list(cfg.source, cfg.target)
-    source, target, test = datasets(cfg, options, classes)
+
+    def images(domain: str, split: str, labels: bool = True, augment: Augment = Augment()) -> SegmentationDataset:  # noqa: B008
+        size = (cfg.source_size if domain == cfg.source else cfg.target_size) or SIZES[domain]
+        translated = options.source_images if domain == cfg.source else None
+        pairs = find_pairs(options.data, domain, split, city=cfg.city, labels=labels, images=translated)
+        return SegmentationDataset(pairs, domain, classes, size, augment)
+
+    def network() -> nn.Module:
+        run.seed("model")
+        init = "none" if options.eval and options.from_ else options.init
+        return run.place(build_model("v2", cfg.backbone, len(classes), init, cfg.freeze_bn, options.partial_init))
+
+    test = images(cfg.target, "val")
+    analysed = {domain: images(domain, "train") for domain in (cfg.source, cfg.target)} if cfg.ccd else {}
     single = {"single-scale": {}}
     both = {**single, "multi-scale + flip": {"scales": cfg.test_scales, "flip": True}}
-
-    def network(name: str) -> nn.Module:
-        run.seed(name)
-        return run.place(build_model("v2", cfg.backbone, len(classes), options.init, cfg.freeze_bn, options.partial_init))
-
-    model = network("model")
-    run.watch(model, test, classes)
     if options.eval:
+        model = network()
         run.evaluate(run.load_latest(model), model, test, classes, both)
     else:
+        augment = Augment(flip=True, jitter=cfg.jitter, crop=cfg.crop)
+        source = images(cfg.target if options.target_labels else cfg.source, "train", augment=augment)
+        target = images(cfg.target, "train", labels=False, augment=augment)
+        model = network()
         run.start_from(model)
-        train_source(run, cfg, model, source)
+        run.watch(model, test, classes)
+        # An upper bound has to be trained as long as what it bounds.
+        train_source(run, cfg, model, source, cfg.source_iterations + options.target_labels * cfg.adversarial_iterations)
         run.evaluate("source", model, test, classes, single)
         adversarial(run, cfg, model, source, target, len(classes))
         run.evaluate("adversarial", model, test, classes, single if cfg.distill else both)
         if cfg.distill and run.reaches("distill"):
             if run.trains("distill"):
-                write_pseudo_labels(run, model, target, run.folder / "pseudo_labels")
-                target = target.with_maps(run.folder / "pseudo_labels")
-            model = network("model")                                              # the student
+                folder = run.folder / "pseudo_labels"
+                if not run.begun("distill"):
+                    write_pseudo_labels(run, model, target, folder)
+                target = target.with_maps(folder)
+            model = network()                                                     # the student
             run.watch(model, test, classes)
             self_distill(run, cfg, model, target)
             run.evaluate("distill", model, test, classes, both)
     if cfg.ccd:
-        labelled = find_pairs(options.data, cfg.target, "train", city=cfg.city)
-        target = SegmentationDataset(labelled, cfg.target, classes, target.size)
-        report_class_center_distance(run, cfg, model, {"source": source, "target": target}, classes)
+        report_class_center_distance(run, cfg, model, analysed, classes)
 
 
 if __name__ == "__main__":

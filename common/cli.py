@@ -15,17 +15,41 @@ import difflib
 import functools
 import inspect
 import math
+import os
 import re
 import shlex
 import sys
 import types
 import typing
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 
 class UserError(Exception):
     """Something the user can put right. Its message is one sentence that says what is wrong and the way out."""
+
+
+def write_atomically(path: str | os.PathLike, save: Callable[[BinaryIO], object]) -> None:
+    """Write a file through `save(file)`: under its name there is always a whole file or none.
+
+    Raises: UserError naming the file if it cannot be written (a full disk, a folder without permission).
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with open(temporary, "wb") as file:
+                save(file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+    except (OSError, RuntimeError) as error:                 # torch.save reports a full disk as RuntimeError
+        why = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        raise UserError(f"cannot write {path}: {why}; make room or choose another folder, then start again") from error
 
 
 class Size(NamedTuple):
@@ -39,6 +63,7 @@ class Size(NamedTuple):
 
     @staticmethod
     def parse(text: str) -> Size:
+        """Read "1280x720"; an ArgumentTypeError otherwise."""
         match = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", text)
         if match is None:
             raise argparse.ArgumentTypeError(f"{text!r} is not a size; write WIDTHxHEIGHT, for example 1280x720")
@@ -88,7 +113,7 @@ def parse(prog: str, doc: str, classes: tuple[type, ...], argv: list[str] | None
     if toy is not None and "--toy" in argv:
         parser.set_defaults(**toy)
     values = vars(parser.parse_args(argv))
-    command = shlex.join(["python", prog, *argv])
+    command = shlex.join([sys.executable, prog, *argv])
     instances = []
     for cls in classes:
         chosen = {field.name: values[field.name] for field, _ in _flags(cls)}

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import os
 import re
 import signal
 import struct
@@ -29,7 +28,7 @@ from torchvision import tv_tensors
 from torchvision.io import ImageReadMode, decode_image
 from torchvision.transforms import v2
 
-from common.cli import Size, UserError
+from common.cli import Size, UserError, write_atomically
 
 IGNORE = 255
 IMAGENET_MEAN = (0.485, 0.456, 0.406)                            # of RGB in [0, 1], as the encoders were trained
@@ -295,21 +294,12 @@ def _read_synthia_ids(path: str | Path) -> np.ndarray:
 def save_label(path: str | Path, label: Tensor) -> None:
     """Write an (H,W) label with values 0..255 as an 8-bit PNG: under its name there is always a whole file or none.
 
-    Raises: DataError naming the path if it cannot be written; ValueError for values outside 0..255.
+    Raises: UserError naming the path if it cannot be written; ValueError for values outside 0..255.
     """
-    path, values = Path(path), label.detach().cpu().numpy()
+    values = label.detach().cpu().numpy()
     if values.size and not 0 <= values.min() <= values.max() <= 255:
         raise ValueError(f"label values must lie in 0..255, not {values.min()}..{values.max()}")
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            Image.fromarray(values.astype(np.uint8)).save(temporary, format="PNG")
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
-    except OSError as error:
-        raise DataError(f"cannot write {path}: {error.strerror or error}") from error
+    write_atomically(path, lambda file: Image.fromarray(values.astype(np.uint8)).save(file, format="PNG"))
 
 
 @dataclass(frozen=True)
@@ -488,6 +478,6 @@ def sweep_loader(dataset: SegmentationDataset, workers: int = 0, pin: bool = Fal
 
 
 def _leave_signals_to_the_parent(worker: int) -> None:
-    """Ctrl-C reaches a whole process group: the parent stops cleanly and then ends its workers (by SIGTERM)."""
+    """Ctrl-C and a scheduler's SIGTERM reach the whole process group: the parent stops cleanly, then ends its workers."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)

@@ -156,7 +156,7 @@ class DeepLab(nn.Module):
     def __init__(self, backbone: str, num_classes: int, feat_channels: int) -> None:
         super().__init__()
         self.backbone, self.num_classes, self.feat_channels = backbone, num_classes, feat_channels
-        self.frozen_bn = "none"
+        self.frozen_bn, self.filled = "none", False                 # filled: a file gave every weight, the head's too
 
     def freeze_bn(self, which: str) -> None:
         """Freeze the batch norms of "all" modules, of the "encoder", or of "none" (which thaws them).
@@ -315,6 +315,7 @@ def load_weights(model: DeepLab, init: str | Path, partial: bool = False) -> str
             f"--init {init} has {key} of shape {tuple(named[key].shape)}, but with {model.num_classes} classes it is "
             f"{tuple(own[key].shape)}; give weights of this class count, or --partial-init for a new head")
     model.load_state_dict(fitting, strict=False)
+    model.filled = not missing
     summary = (
         f"--init {init}: {len(counted) - len(missing)} keys matched, {len(missing)} missing ({len(encoder)} of the "
         f"encoder), {len(unexpected)} unexpected, {len(found) - len(named)} of a classifier left out")

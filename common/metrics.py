@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -108,14 +108,12 @@ def predict(model: nn.Module, image: Tensor, size: tuple[int, int], scales: Sequ
 
 @torch.no_grad()
 def evaluate(model: nn.Module, loader: Iterable, num_classes: int, device: torch.device | str,
-             scales: Sequence[float] = (1.0,), flip: bool = False,
-             progress: Callable[[int], None] | None = None) -> Tensor:
+             scales: Sequence[float] = (1.0,), flip: bool = False) -> Tensor:
     """Confusion matrix of a model over a loader, compared at the labels' own resolution.
 
     Args:
         model: as for `predict`; in eval mode meanwhile, each module's mode is restored afterwards.
         loader: yields (image (N,3,h,w) float32, label (N,H,W) integer, ...); the rest is not looked at.
-        progress: called with the number of batches done, after each.
     Returns: (K,K) int64 on the CPU, as `confusion_matrix`; summed over processes it is that of all their images.
     Raises: ValueError as `confusion_matrix`.
     """
@@ -123,12 +121,10 @@ def evaluate(model: nn.Module, loader: Iterable, num_classes: int, device: torch
     counts = torch.zeros(num_classes ** 2 + 2, dtype=torch.int64, device=device)
     model.eval()
     try:
-        for done, (image, label, *_) in enumerate(loader, start=1):
+        for image, label, *_ in loader:
             image, label = image.to(device, non_blocking=True), label.to(device, non_blocking=True)
             prediction = predict(model, image, tuple(label.shape[-2:]), scales, flip)
             counts += _pair_counts(prediction, label, num_classes)
-            if progress is not None:
-                progress(done)
     finally:
         for module, training in modes:
             module.training = training

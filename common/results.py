@@ -19,14 +19,16 @@ import shlex
 import statistics
 import subprocess
 import sys
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from pathlib import Path
 
-from common.cli import UserError, command
+from common.cli import UserError, command, parse
+from common.run import Options, run_folder
 
 
 @command
 def main(argv: list[str] | None = None) -> None:
+    """Read the flags, run what is not finished, print the table."""
     argv = list(sys.argv[1:] if argv is None else argv)
     cut = argv.index("--") if "--" in argv else len(argv)
     parser = argparse.ArgumentParser(prog="python -m common.results", allow_abbrev=False, description=__doc__,
@@ -39,56 +41,61 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--mean", default="mIoU present", help="which mean of results.json the table shows")
     parser.add_argument("--jobs", type=int, default=1, help="runs side by side")
     args, extra = parser.parse_args(argv[:cut]), argv[cut + 1:]
-    rows = importlib.import_module(args.method).RESULTS
-    wanted = args.rows or list(rows)
+    sys.path.insert(0, os.getcwd())                          # the scripts lie beside common/
+    try:
+        script = importlib.import_module(args.method)
+    except ModuleNotFoundError as error:
+        raise UserError(f"there is no script {args.method}.py here; give the name of one without .py") from error
+    rows, wanted = script.RESULTS, args.rows or list(script.RESULTS)
     if unknown := set(wanted) - set(rows):
         raise UserError(f"unknown row {min(unknown)!r}; the rows are {', '.join(map(repr, rows))}")
     futures: dict[tuple[str, int], Future] = {}
-    with ThreadPoolExecutor(args.jobs) as pool:
+    pool = ThreadPoolExecutor(args.jobs)
+    try:
         for row in [row for row in rows if row in wanted or any(f"{{{row}}}" in rows[other][1] for other in wanted)]:
             for seed in args.seeds:                          # rows in order: what a run waits for was submitted before it
-                futures[row, seed] = pool.submit(measure, args, extra, rows[row], row, seed, futures)
-        results = {row: [futures[row, seed].result() for seed in args.seeds] for row in wanted}
-    print(table(results, args.mean))
+                futures[row, seed] = pool.submit(measure, args, extra, script, row, seed, futures)
+        for future in as_completed(futures.values()):
+            future.result()                                  # the first failure ends the rest
+    finally:
+        pool.shutdown(cancel_futures=True)
+    results = {row: [futures[row, seed].result()[1] for seed in args.seeds] for row in rows if row in wanted}
+    print(table(results, args.mean, gap=set(wanted) == set(rows)))
 
 
-def measure(args, extra: list[str], variant: tuple[str, str], row: str, seed: int, futures: dict) -> dict:
-    """Run one variant with one seed unless it is finished. Returns the entry of its stage in results.json."""
-    stage, flags = variant
+def measure(args, extra: list[str], script, row: str, seed: int, futures: dict) -> tuple[Path, dict]:
+    """Run one variant with one seed. Returns the run's folder and the entry of the row's stage in results.json.
+
+    A finished run is started too: it checks its settings, refuses if they are others, and ends at once.
+    """
+    stage, flags = script.RESULTS[row]
     for needed in re.findall(r"\{(.+?)\}", flags):
-        futures[needed, seed].result()
-        flags = flags.replace(f"{{{needed}}}", shlex.quote(str(run_folder(args, extra, needed, seed))))
-    file = run_folder(args, extra, row, seed) / "results.json"
+        flags = flags.replace(f"{{{needed}}}", shlex.quote(str(futures[needed, seed].result()[0])))
+    tag = f"{args.name}-{re.sub(r'[^a-z0-9]+', '-', row.lower()).strip('-')}-{seed}"
+    argv = [*extra, *shlex.split(flags), "--seed", str(seed), "--tag", tag, "--runs", args.runs]
+    line = [sys.executable, f"{args.method}.py", *argv]
+    print(f"\n{shlex.join(['python', *line[1:]])}", file=sys.stderr, flush=True)
+    threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // args.jobs))} if args.jobs > 1 else {}
+    if subprocess.run(line, stdout=2, env={**os.environ, **threads}).returncode != 0:
+        raise UserError(f"{row!r} with seed {seed} failed; put it right and start again: what is finished is kept")
+    cfg, options = parse(f"{args.method}.py", "", (script.Config, Options), argv, script.TOY)
+    folder = run_folder(args.method, cfg, options)
+    file = folder / "results.json"
     if not file.exists() or stage not in json.loads(file.read_text()):
-        line = [sys.executable, f"{args.method}.py", *extra, *shlex.split(flags), "--seed", str(seed),
-                "--tag", tag(args, row, seed), "--runs", args.runs]
-        print(f"\n{shlex.join(['python', *line[1:]])}", file=sys.stderr, flush=True)
-        threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // args.jobs))} if args.jobs > 1 else {}
-        if subprocess.run(line, stdout=2, env={**os.environ, **threads}).returncode != 0:
-            raise UserError(f"{row!r} with seed {seed} failed; put it right and start again: what is finished is kept")
-        if not file.exists() or stage not in json.loads(file.read_text()):
-            raise UserError(f"{row!r} with seed {seed} was stopped; start again to go on")
-    return json.loads(file.read_text())[stage]
+        raise UserError(f"{row!r} with seed {seed} was stopped; start again to go on")
+    return folder, json.loads(file.read_text())[stage]
 
 
-def tag(args, row: str, seed: int) -> str:
-    return f"{args.name}-{re.sub(r'[^a-z0-9]+', '-', row.lower()).strip('-')}-{seed}"
-
-
-def run_folder(args, extra: list[str], row: str, seed: int) -> Path:
-    source = extra[extra.index("--source") + 1] if "--source" in extra else "gta5"
-    return Path(args.runs) / f"{args.method}-{source}-{tag(args, row, seed)}"
-
-
-def table(results: dict[str, list[dict]], mean: str) -> str:
-    """Mean over the seeds, sample standard deviation, share of the gap between the first and the last row, as Markdown."""
+def table(results: dict[str, list[dict]], mean: str, gap: bool) -> str:
+    """Mean over the seeds, sample standard deviation and, with `gap`, the share closed of what lies between the first and
+    the last row, as Markdown."""
     lines = [f"| | {mean} | each seed | gap closed |", "|---|---|---|---|"]
     scores = {row: [100 * result["single-scale"][mean] for result in entries] for row, entries in results.items()}
     means = {row: statistics.mean(values) for row, values in scores.items()}
     low, high = next(iter(means.values())), list(means.values())[-1]
     for row, values in scores.items():
         spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
-        share = f"{100 * (means[row] - low) / (high - low):.0f} %" if high != low else "-"
+        share = f"{100 * (means[row] - low) / (high - low):.0f} %" if gap and high != low else "-"
         lines.append(f"| {row} | {means[row]:.1f}{spread} | {' '.join(f'{value:.1f}' for value in values)} | {share} |")
     return "\n".join(lines)
 

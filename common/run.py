@@ -13,9 +13,9 @@ and `run.stage` sets the learning rates, moves the batches, logs, saves, resumes
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import math
-import os
 import random
 import signal
 import sys
@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from common import data, metrics, viz
-from common.cli import UserError, flag, option, to_json
+from common.cli import UserError, flag, option, to_json, write_atomically
 
 
 @dataclass
@@ -73,9 +73,7 @@ class Run:
         if options.stage and options.stage not in stages:
             raise UserError(f"--stage {options.stage} is unknown; the stages are {', '.join(stages)}")
         self.device = choose_device(options.device)
-        city = f"-{cfg.city.lower()}" if getattr(cfg, "target", "") == "crosscity" else ""
-        tag = options.tag or ("toy" if options.toy else "")
-        self.folder = Path(options.runs) / (f"{method}-{cfg.source}{city}" + (f"-{tag}" if tag else ""))
+        self.folder = run_folder(method, cfg, options)
         self.selected = self._selected_stages()
         self._stop = False
         self._watched: tuple | None = None
@@ -102,14 +100,15 @@ class Run:
             return
         if name not in self.selected:
             return
-        with writing(self.folder):
-            self.folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(self.folder / "config.json", json.dumps(self._config(), indent=1).encode())
+        write_json(self.folder / "config.json", self._config())
         self.seed(name)
+        self._losses = []
         optimizers = [value for value in state.values() if isinstance(value, torch.optim.Optimizer)]
         for group in (group for optimizer in optimizers for group in optimizer.param_groups):
             group.setdefault("initial_lr", group["lr"])
         start = self._resume(name, state)
+        if start == 0:
+            self._check_nothing_is_stale(name)
         loaders = [data.training_loader(dataset, batch_size, iterations, data.derive_seed(self.options.seed, name, k),
                                         start=start, workers=self.options.workers, pin=self.device.type == "cuda")
                    for k, dataset in enumerate(datasets)]
@@ -120,10 +119,12 @@ class Run:
                     group["lr"] = poly_rate(group["initial_lr"], it, iterations)
                 yield it, *(self._to_device(batch) for batch in batches)
                 done = it + 1
+                clock.live(f"{name} {done}/{iterations}", done - start)
                 if done % self.options.log_every == 0 or done == iterations:
                     self._flush(name, done, iterations, optimizers, clock)
                 if self._watched and self.options.eval_every and done % self.options.eval_every == 0 and done < iterations:
                     self._look(name, done)
+                    clock.restart()
                 if self._stop or (done % self.options.save_every == 0 and done < iterations):
                     self._flush(name, done, iterations, optimizers, clock)
                     self._save("last", name, done, state, complete=True)
@@ -142,17 +143,23 @@ class Run:
         self._watched = (model, dataset, classes)
 
     def finished(self, name: str) -> bool:
+        """Whether a stage's checkpoint is in the folder."""
         return (self.folder / f"{name}.pt").exists()
 
     def trains(self, name: str) -> bool:
         """Whether this start of the script still has iterations of a stage to do."""
         return name in self.selected and not self.finished(name)
 
+    def begun(self, name: str) -> bool:
+        """Whether there is a checkpoint for resuming inside this stage."""
+        path = self.folder / "last.pt"
+        return path.exists() and read_checkpoint(path)["stage"] == name
+
     def reaches(self, name: str) -> bool:
         """Whether a stage is finished or gets finished by this start of the script."""
         return name in self.selected or self.finished(name)
 
-    def sweep(self, what: str, dataset, augmented: bool = False):
+    def sweep(self, what: str, dataset):
         """Yield `(image, label, names, *maps)` once for each image of a dataset, one at a time, on the device."""
         loader = data.sweep_loader(dataset, workers=self.options.workers, pin=self.device.type == "cuda")
         clock = Clock(len(loader))
@@ -162,7 +169,7 @@ class Run:
                 if self._stop:
                     self._stop_here()
                 clock.live(f"{what}: image {k + 1} of {len(loader)}", k + 1)
-        clock.clear()
+        clock.print()
 
     # ------------------------------------------------------- models, precision, seeds
 
@@ -188,20 +195,19 @@ class Run:
             load_state({"model": checkpoint["state"]["model"]}, {"model": model})
 
     def load_latest(self, model: nn.Module) -> str:
-        """For --eval: load --from's model, else keep an --init file that is not this run's own, else the run's last stage.
+        """For --eval: load --from's model, else keep an --init file that has a head, else the run's last stage (--stage).
 
         Returns: the name under which to report. Raises: UserError if there is nothing to evaluate.
         """
         if self.options.from_:
             self.start_from(model)
             return Path(self.options.from_).stem
-        config = self.folder / "config.json"
-        own = config.exists() and json.loads(config.read_text()).get("init") == self.options.init
-        if self.options.init not in ("imagenet", "none") and not own:
+        if model.filled:                                     # an --init file with a head: a trained network of its own
             return Path(self.options.init).stem
-        done = [name for name in self.stages if self.finished(name)]
+        done = [name for name in self.selected if self.finished(name)]
         if not done:
-            raise UserError(f"there is nothing to evaluate in {self.folder}; train first, or give --from CHECKPOINT")
+            raise UserError(f"there is nothing to evaluate in {self.folder}; train first, or give --from CHECKPOINT or "
+                            "an --init file with a head")
         load_state({"model": read_checkpoint(self.folder / f"{done[-1]}.pt")["state"]["model"]}, {"model": model})
         return done[-1]
 
@@ -224,22 +230,30 @@ class Run:
                 with self.autocast():
                     matrix = metrics.evaluate(model, self.sweep(f"{name}, {test}", dataset), len(classes), self.device, **how)
                 results[name][test] = summary(matrix, classes)
-            self._write_pictures(name, model, dataset, classes)
             if not self.options.eval:
-                write_atomically(self.folder / "results.json", json.dumps(results, indent=1).encode())
+                self._write_pictures(name, model, dataset, classes)
+                write_json(self.folder / "results.json", results)
+                last = max((line["iteration"] for line in self._log_lines() if line["stage"] == name), default=0)
+                self.log(stage=name, iteration=last, miou=percent(next(iter(results[name].values()))))
+                self._draw_curves()
         columns = {f"{stage}" if test == "single-scale" else f"{stage}, {test}": torch.tensor(result["matrix"])
                    for stage, modes in results.items() for test, result in modes.items()}
         print(f"\nIoU in percent{', trained with target labels: an upper bound' * self.options.target_labels}")
         print(metrics.score_table(columns, classes), end="\n\n", flush=True)
 
     def results(self) -> dict:
+        """What results.json holds: stage -> test mode -> `summary`."""
         path = self.folder / "results.json"
         return json.loads(path.read_text()) if path.exists() and not self.options.eval else {}
 
     def log(self, **record) -> None:
         """Append one line to log.jsonl."""
-        with writing(self.folder / "log.jsonl"), open(self.folder / "log.jsonl", "a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
+        try:
+            with open(self.folder / "log.jsonl", "a", encoding="utf-8") as file:
+                file.write(json.dumps(record) + "\n")
+        except OSError as error:
+            raise UserError(f"cannot write {self.folder / 'log.jsonl'}: {error.strerror}; make room, then start again to "
+                            "resume") from error
 
     # ---------------------------------------------------------------- mechanics
 
@@ -247,12 +261,18 @@ class Run:
         first = 0
         if self.options.from_:
             checkpoint = read_checkpoint(Path(self.options.from_))
-            if checkpoint.get("stage") in self.stages:
+            if "random" in checkpoint and not self.options.eval:
+                raise UserError(f"--from {self.options.from_} is from inside the stage {checkpoint['stage']!r}; start that run "
+                                "again to finish it")
+            if checkpoint["stage"] in self.stages:
                 first = self.stages.index(checkpoint["stage"]) + 1
+            if first == len(self.stages) and not self.options.stage and not self.options.eval:
+                raise UserError(f"no stage follows --from {self.options.from_}, which finished {checkpoint['stage']!r}; "
+                                "add --eval to evaluate it, or --stage to run a stage from it")
         if self.options.stage is None:
             return self.stages[first:]
         before = self.stages[: self.stages.index(self.options.stage)]
-        if before and not self.options.from_ and not self.finished(before[-1]):
+        if before and not self.options.from_ and not self.options.eval and not self.finished(before[-1]):
             raise UserError(f"--stage {self.options.stage} needs {self.folder / before[-1]}.pt, which does not exist: "
                             f"run --stage {before[-1]} first or give --from CHECKPOINT")
         return (self.options.stage,)
@@ -268,8 +288,17 @@ class Run:
                 raise UserError(f"{self.folder} holds a run with other settings: {', '.join(changed)}; "
                                 "give this one another --tag, or delete the folder")
 
+    def _check_nothing_is_stale(self, name: str) -> None:
+        """A stage that starts anew must not meet what an earlier training of it led to."""
+        later = self.stages[self.stages.index(name):]
+        left = [f"{stage}.pt" for stage in later if self.finished(stage)]
+        left += [f"{stage!r} in results.json" for stage in later if stage in self.results()]
+        if left:
+            raise UserError(f"{self.folder} has no {name}.pt, but what came after it ({', '.join(left)}): "
+                            "delete the folder, or give this run another --tag")
+
     def _config(self) -> dict:
-        return {"method": self.method, **to_json(self.cfg), **to_json(self.options, identity_only=True)}
+        return {"method": self.method, **to_json(self.cfg, identity_only=True), **to_json(self.options, identity_only=True)}
 
     def _to_device(self, batch: list) -> tuple:
         image, label, _, *maps = batch
@@ -293,21 +322,26 @@ class Run:
         bad = (~values.isfinite()).nonzero()
         if len(bad):
             row, column = bad[0].tolist()
+            kept = self.folder / "last.pt"
             raise UserError(f"loss {names[column]!r} became {values[row, column].item()} at iteration {first + row} of stage "
-                            f"{stage!r}; the last good checkpoint in {self.folder} is kept, and starting again resumes there")
+                            f"{stage!r}; {f'{kept} from before it is kept' if self.begun(stage) else 'nothing was saved yet'}; "
+                            "the same settings will probably meet it again: try a lower --lr or --amp none under a new --tag")
         means = {name: round(value, 6) for name, value in zip(names, values.double().mean(dim=0).tolist(), strict=True)}
         rate = optimizers[0].param_groups[0]["lr"] if optimizers else 0.0
-        self.log(stage=stage, iteration=done, rate=rate, seconds=round(clock.per_iteration(done - first + 1), 4), **means)
+        seconds = clock.per_iteration(done - first + 1)
+        self.log(stage=stage, iteration=done, rate=rate, seconds=round(seconds, 4), **means)
         losses = "  ".join(f"{name} {value:.4f}" for name, value in means.items())
-        clock.line(f"{stage} {done}/{iterations}  {losses}  rate {rate:.2e}", done, iterations)
+        clock.print(f"{stage} {done}/{iterations}  {losses}  rate {rate:.2e}  {seconds:.2f} s/it  "
+                    f"{minutes(seconds * (iterations - done))} left")
 
     def _look(self, stage: str, done: int) -> None:
         model, dataset, classes = self._watched
         loader = data.sweep_loader(dataset, self.options.workers, pin=self.device.type == "cuda")
         with self.autocast():
-            matrix = metrics.evaluate(model, loader, len(classes), self.device)
-        means = summary(matrix, classes)
-        means = {name: round(100 * value, 2) for name, value in means.items() if isinstance(value, float)}
+            matrix = metrics.evaluate(model, itertools.takewhile(lambda _: not self._stop, loader), len(classes), self.device)
+        if self._stop:                                       # asked to stop meanwhile: half a sweep is no result
+            return
+        means = percent(summary(matrix, classes))
         self.log(stage=stage, iteration=done, miou=means)
         print(f"{stage} {done}: " + "  ".join(f"{name} {value}" for name, value in means.items()), flush=True)
 
@@ -318,9 +352,14 @@ class Run:
                       "options": to_json(self.options),
                       "state": {key: value.state_dict() if hasattr(value, "state_dict") else value
                                 for key, value in kept.items()}}
+        for key, value in checkpoint["state"].items():
+            tensors = value.values() if isinstance(value, dict) else [value]
+            if not all(x.isfinite().all() for x in tensors if isinstance(x, Tensor) and x.is_floating_point()):
+                raise UserError(f"{key!r} holds values that are not finite after iteration {iteration} of stage {stage!r}; "
+                                "no checkpoint was written: try a lower --lr or --amp none under a new --tag")
         if complete:
-            checkpoint["random"] = random_states()
-        save_checkpoint(self.folder / f"{file}.pt", checkpoint)
+            checkpoint["random"] = random_states(self.device)
+        write_atomically(self.folder / f"{file}.pt", lambda opened: torch.save(checkpoint, opened))
 
     def _resume(self, stage: str, state: dict) -> int:
         path = self.folder / "last.pt"
@@ -329,17 +368,18 @@ class Run:
             checkpoint = read_checkpoint(path)
             if checkpoint["stage"] == stage:
                 load_state(checkpoint["state"], state)
-                set_random_states(checkpoint["random"])
+                set_random_states(checkpoint["random"], self.device)
                 start = checkpoint["iteration"]
                 print(f"{stage}: resuming at iteration {start}", flush=True)
         kept = [line for line in self._log_lines() if line.get("stage") != stage or line.get("iteration", 0) <= start]
-        write_atomically(self.folder / "log.jsonl", "".join(json.dumps(line) + "\n" for line in kept).encode())
+        text = "".join(json.dumps(line) + "\n" for line in kept).encode()
+        write_atomically(self.folder / "log.jsonl", lambda file: file.write(text))
         return start                                         # later lines are from after the last checkpoint
 
     def _log_lines(self) -> list[dict]:
         log = self.folder / "log.jsonl"
-        lines = log.read_text(encoding="utf-8").splitlines() if log.exists() else []
-        return [json.loads(line) for line in lines if line.endswith("}")]    # a kill may cut the last one
+        lines = log.read_text(encoding="utf-8").splitlines(keepends=True) if log.exists() else []
+        return [json.loads(line) for line in lines if line.endswith("\n")]   # a kill may cut the last one
 
     @contextlib.contextmanager
     def _signals(self):
@@ -396,38 +436,45 @@ class Run:
             viz.curves(self.folder / f"{stage}-losses.png", series, f"{self.folder.name}: {stage}", ylabel="loss")
 
 
+def run_folder(method: str, cfg, options: Options) -> Path:
+    """<runs>/<method>-<source>[-<city>][-<tag>]"""
+    parts = [method, cfg.source, cfg.city.lower() if getattr(cfg, "target", "") == "crosscity" else "",
+             options.tag or ("toy" if options.toy else "")]
+    return Path(options.runs, "-".join(filter(None, parts)))
+
+
 class Clock:
-    """Time an iteration took and time left; one live line on a terminal, plain lines in a file."""
+    """Time left: on a live line where standard output is a terminal, in the printed lines everywhere."""
 
     def __init__(self, total: int):
         self.total, self.begin, self.last, self.shown = total, time.monotonic(), time.monotonic(), 0.0
-        self.tty = sys.stdout.isatty()
-        self.first: int | None = None
+        self.live_line = sys.stdout.isatty()
+
+    def restart(self) -> None:
+        """Leave out of the next mean what happened since the last one."""
+        self.last = time.monotonic()
 
     def per_iteration(self, count: int) -> float:
-        now = time.monotonic()
-        seconds, self.last = (now - self.last) / count, now
-        self.speed = seconds
-        return seconds
-
-    def line(self, text: str, done: int, total: int) -> None:
-        text = f"{text}  {self.speed:.2f} s/it  {minutes(self.speed * (total - done))} left"
-        print(f"\r{text}\x1b[K" if self.tty and done < total else f"\r{text}\x1b[K\n" if self.tty else f"{text}\n",
-              end="", flush=True)
+        """Mean seconds of the last `count` iterations."""
+        self.last, before = time.monotonic(), self.last
+        return (self.last - before) / count
 
     def live(self, text: str, done: int) -> None:
+        """Show `text` and the time left, at most twice a second."""
         now = time.monotonic()
-        if self.tty and (now - self.shown > 0.5):
+        if self.live_line and now - self.shown > 0.5:
             self.shown = now
-            left = (now - self.begin) / done * (self.total - done)
-            print(f"\r{text}  {minutes(left)} left\x1b[K", end="", flush=True)
+            print(f"\r{text}  {minutes((now - self.begin) / done * (self.total - done))} left\x1b[K", end="", flush=True)
 
-    def clear(self) -> None:
-        if self.tty:
-            print("\r\x1b[K", end="", flush=True)
+    def print(self, text: str = "") -> None:
+        """Print a line for good, in place of the live one."""
+        if self.live_line:
+            print("\r\x1b[K", end="")
+        print(text, end="\n" if text else "", flush=True)
 
 
 def minutes(seconds: float) -> str:
+    """h:mm:ss"""
     return f"{int(seconds) // 3600}:{int(seconds) // 60 % 60:02d}:{int(seconds) % 60:02d}"
 
 
@@ -455,58 +502,34 @@ def summary(matrix: Tensor, classes) -> dict:
                                         for name, value in zip(classes.names, iou, strict=True)}, "matrix": matrix.tolist()}
 
 
+def percent(result: dict) -> dict[str, float]:
+    """The means of a `summary`, in percent."""
+    return {name: round(100 * value, 2) for name, value in result.items() if isinstance(value, float)}
+
+
 # ------------------------------------------------------------------- checkpoints
 
 
-def random_states() -> dict:
+def random_states(device: torch.device) -> dict:
+    """The states of Python's, NumPy's and torch's generators (the last also on a cuda device), as plain values."""
     version, keys, *rest = np.random.get_state()
     return {"python": random.getstate(), "numpy": (version, torch.from_numpy(keys.astype(np.int64)), *rest),
-            "torch": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []}
+            "torch": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None}
 
 
-def set_random_states(states: dict) -> None:
+def set_random_states(states: dict, device: torch.device) -> None:
+    """Put back what `random_states` returned."""
     random.setstate(states["python"])
     version, keys, *rest = states["numpy"]
     np.random.set_state((version, keys.numpy().astype(np.uint32), *rest))
     torch.set_rng_state(states["torch"])
-    if states["cuda"]:
-        torch.cuda.set_rng_state_all(states["cuda"])
+    if device.type == "cuda" and states["cuda"] is not None:
+        torch.cuda.set_rng_state(states["cuda"], device)
 
 
-@contextlib.contextmanager
-def writing(path: Path):
-    """Turn an OSError of the block into one sentence that names the file."""
-    try:
-        yield
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}; make room or choose another --runs folder, "
-                        "then start again to resume") from error
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file so that it is there whole or not at all."""
-    temporary = path.with_name(path.name + ".tmp")
-    with writing(path), open(temporary, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-
-
-def save_checkpoint(path: Path, checkpoint: dict) -> None:
-    """Write a checkpoint beside its final name, sync, rename: a write cut short leaves the previous one in place."""
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        with writing(path), open(temporary, "wb") as file:
-            try:
-                torch.save(checkpoint, file)
-            except RuntimeError as error:                    # how torch reports a full disk
-                raise OSError(str(error).splitlines()[0]) from error
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+def write_json(path: Path, content: dict) -> None:
+    """Write a JSON file that is there whole or not at all."""
+    write_atomically(path, lambda file: file.write(json.dumps(content, indent=1).encode()))
 
 
 def read_checkpoint(path: Path) -> dict:

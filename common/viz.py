@@ -5,14 +5,13 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from common.cli import UserError
+from common.cli import write_atomically
 
 if TYPE_CHECKING:
     from common.data import ClassList
@@ -56,19 +55,6 @@ def overlay(image: np.ndarray, label: Tensor | np.ndarray, classes: ClassList, a
     return np.where((label == IGNORE)[..., None], image, blend)
 
 
-def _save(image: Image.Image, path: str | os.PathLike) -> None:
-    """Write under a temporary name and rename, so that a picture is there whole or not at all."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        image.save(temporary, format="PNG")
-        os.replace(temporary, path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise UserError(f"cannot write {path}: {error.strerror or error}; make room or use another folder") from error
-
-
 def _fit(text: str, width: float, size: int) -> tuple[str, ImageFont.FreeTypeFont]:
     """The text and the font in which it is at most `width` pixels wide: first smaller letters, then fewer of them."""
     while (font := ImageFont.load_default(size=size)).getlength(text) > width and size > 11:
@@ -108,7 +94,7 @@ def contact_sheet(path: str | os.PathLike, rows: Sequence[Sequence[np.ndarray]],
         for column, panel in enumerate(row):
             sheet.paste(panel, (GAP + column * (width + GAP), top))
         top += height + GAP
-    _save(sheet, path)
+    write_atomically(path, lambda file: sheet.save(file, format="PNG"))
 
 
 def _ticks(values: list[float]) -> tuple[float, float, list[float]]:
@@ -174,4 +160,4 @@ def curves(path: str | os.PathLike, series: dict[str, Sequence[tuple[float, floa
         draw.rectangle([right + 2 * GAP, y - 6, right + 2 * GAP + 14, y + 6], fill=color)
         text, small = _fit(name, 960 - GAP - (right + 2 * GAP + 22), 16)
         draw.text((right + 2 * GAP + 22, y), text, INK, small, anchor="lm")
-    _save(chart, path)
+    write_atomically(path, lambda file: chart.save(file, format="PNG"))

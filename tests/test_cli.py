@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 from dataclasses import dataclass
 
 import pytest
 
-from common.cli import Size, UserError, command, defaults_table, option, parse, to_json
+from common.cli import Size, UserError, command, defaults_table, option, parse, to_json, write_atomically
 
 
 @dataclass
@@ -37,7 +38,7 @@ def read(*argv: str, toy=None):
 
 def test_defaults_and_values():
     cfg, options = read()
-    assert cfg == Config() and options.command == "python x.py"
+    assert cfg == Config() and options.command.endswith(" x.py")
     cfg, options = read("--rate", "1e-1", "--crop", "12x7", "--scales", "0.5", "1", "3", "--no-fine", "--from", "a b.pt")
     assert (cfg.rate, cfg.crop, cfg.scales, cfg.fine, cfg.from_) == (0.1, Size(12, 7), (0.5, 1.0, 3.0), False, "a b.pt")
     assert options.command.endswith("--from 'a b.pt'")           # can be pasted into a shell
@@ -97,6 +98,20 @@ def test_json_keeps_what_makes_a_run():
 def test_table_of_defaults():
     lines = defaults_table(Config).splitlines()
     assert "| `--rate` | 0.5 | 0.5 (Sec. 1) | rate of 100 % |" in lines and "| `--steps` | 7 | † | steps |" in lines
+
+
+def test_a_write_cut_short_leaves_the_previous_file(tmp_path):
+    write_atomically(tmp_path / "a/x.bin", lambda file: file.write(b"whole"))
+
+    def half(file):
+        file.write(b"ha")
+        raise RuntimeError("[enforce fail at inline_container.cc:664] . unexpected pos 64 vs 0")
+
+    with pytest.raises(UserError, match="cannot write .*x.bin: .*enforce fail"):
+        write_atomically(tmp_path / "a/x.bin", half)
+    assert (tmp_path / "a/x.bin").read_bytes() == b"whole" and os.listdir(tmp_path / "a") == ["x.bin"]
+    with pytest.raises(UserError, match="cannot write .*y.bin: (File exists|Not a directory)"):
+        write_atomically(tmp_path / "a/x.bin/y.bin", half)
 
 
 def test_a_size_survives_a_worker_process():

@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from common.cli import Size
+from common.cli import Size, UserError
 from common.data import (
     IMAGENET_MEAN,
     IMAGENET_STD,
@@ -382,9 +382,9 @@ def test_saved_labels_come_back_and_failures_leave_nothing(tmp_path):
     assert [path.name for path in (tmp_path / "a/b").iterdir()] == ["c.png"]
     with pytest.raises(ValueError, match="0..255"):
         save_label(tmp_path / "a/b/c.png", label - 1)
-    with pytest.raises(DataError, match="cannot write .*c.png/d.png"):
+    with pytest.raises(UserError, match="cannot write .*c.png/d.png"):
         save_label(tmp_path / "a/b/c.png/d.png", label)
     (tmp_path / "a/b/e.png").mkdir()
-    with pytest.raises(DataError, match="cannot write .*e.png"):
+    with pytest.raises(UserError, match="cannot write .*e.png"):
         save_label(tmp_path / "a/b/e.png", label)
     assert sorted(path.name for path in (tmp_path / "a/b").iterdir()) == ["c.png", "e.png"]

@@ -468,7 +468,7 @@ def test_discriminator_is_that_of_sec_4_3(K):
 
 
 PAPER = dict(backbone="resnet101", labels="soft", T=1.8, clip=0.9, hard_threshold=0.9, lambda_adv=0.001, lr=2.5e-4,
-             momentum=0.9, weight_decay=1e-4, lr_discriminator=1e-4, betas=(0.9, 0.99), source_iterations=20_000,
+             momentum=0.9, weight_decay=1e-4, lr_discriminator=1e-4, beta1=0.9, beta2=0.99, source_iterations=20_000,
              adversarial_iterations=40_000, distill=True, batch_size=8, ccd_images=2000)       # Sec. 4.3, 4.5, 4.6
 
 
@@ -491,3 +491,38 @@ def test_what_the_paper_does_not_give_says_so(capsys):
             assert shown == "†" or f"`{field.name}`" in departures
         else:
             assert "(Sec." in shown
+
+
+# ---------------------------------------------------------------------------------------- on files
+
+
+def test_ablations_share_a_source_model_and_the_student_learns_the_argmax(city, tmp_path, capsys):
+    common = ["--data", str(city), "--runs", str(tmp_path), "--backbone", "resnet18", "--init", "none", "--batch-size", "2",
+              "--source-size", "64x32", "--target-size", "64x32", "--workers", "0", "--source-iterations", "2",
+              "--adversarial-iterations", "2", "--distill-iterations", "1"]
+    fada.main([*common, "--stage", "source"])
+    source = str(tmp_path / "fada-gta5/source.pt")
+    states = {}
+    for labels in ("soft", "hard", "binary"):                    # Table 5
+        fada.main([*common, "--from", source, "--labels", labels, "--no-distill", "--tag", labels])
+        states[labels] = torch.load(tmp_path / f"fada-gta5-{labels}/adversarial.pt", weights_only=True)["state"]
+        assert not (tmp_path / f"fada-gta5-{labels}/source.pt").exists()
+    assert states["binary"]["D"]["layers.4.weight"].shape[0] == 2 and states["soft"]["D"]["layers.4.weight"].shape[0] == 38
+
+    fada.main([*common, "--from", source, "--tag", "distilled"])
+    model = fada.build_model("v2", "resnet18", 19, "none")
+    model.load_state_dict(torch.load(tmp_path / "fada-gta5-distilled/adversarial.pt", weights_only=True)["state"]["model"])
+    classes = fada.class_list("gta5")
+    pairs = fada.find_pairs(city, "cityscapes", "train", labels=False)
+    target = fada.SegmentationDataset(pairs, "cityscapes", classes, fada.Size(64, 32))
+    for k, pair in enumerate(pairs):
+        with torch.no_grad():
+            _, logits = model.eval()(target[k][0][None])
+        label = fada.upsample(logits, (32, 64)).argmax(dim=1)[0]
+        written = target.with_maps(tmp_path / "fada-gta5-distilled/pseudo_labels")[k][3]
+        assert torch.equal(written, label), pair.name
+
+    capsys.readouterr()
+    fada.main([*common, "--eval", "--ccd", "--ccd-images", "3", "--tag", "distilled"])
+    printed = capsys.readouterr().out
+    assert "distill" in printed and "class center distance" not in printed and "both" in printed

@@ -3,21 +3,32 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 
 import pytest
 
 from common import results
 
 SCRIPT = '''
-import json, pathlib, sys
+import dataclasses, json, pathlib, sys
+from common.cli import option
+
+@dataclasses.dataclass
+class Config:
+    source: str = option("gta5", "source")
+    score: float = option(0.0, "score")
+
+TOY = {}
 RESULTS = {"low": ("one", "--score 0.2"), "middle (x)": ("two", "--score 0.3 --from {low}/one.pt"),
            "high": ("one", "--score 0.4")}
 if __name__ == "__main__":
     argv = dict(zip(sys.argv[1::2], sys.argv[2::2]))
     if "--from" in argv:
         assert pathlib.Path(argv["--from"]).exists(), argv
+    if argv["--score"] == "0.2" and argv["--seed"] == "7":
+        sys.exit(2)
     folder = pathlib.Path(argv["--runs"]) / f"stand_in-{argv.get('--source', 'gta5')}-{argv['--tag']}"
-    folder.mkdir(parents=True)                                   # fails if it is run twice
+    folder.mkdir(parents=True, exist_ok=True)
     (folder / "one.pt").touch()
     score = {"mIoU present": float(argv["--score"]) + 0.01 * int(argv["--seed"])}
     (folder / "results.json").write_text(json.dumps({"one": {"single-scale": score}, "two": {"single-scale": score}}))
@@ -29,6 +40,7 @@ def test_rows_seeds_and_table(tmp_path, monkeypatch, capsys, jobs):
     (tmp_path / "stand_in.py").write_text(SCRIPT)
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(Path(results.__file__).parents[1]))
     monkeypatch.delitem(sys.modules, "stand_in", raising=False)
     argv = ["stand_in", "--seeds", "0", "2", "--name", "t", "--jobs", jobs, "--", "--source", "synthia"]
     for _ in range(2):                                           # the second time nothing is run
@@ -37,6 +49,10 @@ def test_rows_seeds_and_table(tmp_path, monkeypatch, capsys, jobs):
             "| | mIoU present | each seed | gap closed |", "|---|---|---|---|", "| low | 21.0 ± 1.4 | 20.0 22.0 | 0 % |",
             "| middle (x) | 31.0 ± 1.4 | 30.0 32.0 | 50 % |", "| high | 41.0 ± 1.4 | 40.0 42.0 | 100 % |"]
     assert (tmp_path / "runs/stand_in-synthia-t-middle-x-2/results.json").exists()
-    with pytest.raises(SystemExit) as stop:
-        results.main(["stand_in", "--rows", "lowest"])
-    assert stop.value.code == 2 and "unknown row 'lowest'" in capsys.readouterr().err
+    results.main([*argv[:8], "--rows", "middle (x)"])            # needs "low"; the gap has no meaning
+    assert capsys.readouterr().out.splitlines()[2:] == ["| middle (x) | 31.0 ± 1.4 | 30.0 32.0 | - |"]
+    for wrong, words in ((["stand_in", "--rows", "lowest"], "unknown row 'lowest'"), (["stand_on"], "no script stand_on.py"),
+                         (["stand_in", "--seeds", "7"], "'low' with seed 7 failed")):
+        with pytest.raises(SystemExit) as stop:
+            results.main(wrong)
+        assert stop.value.code == 2 and words in capsys.readouterr().err

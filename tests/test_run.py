@@ -5,16 +5,18 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
+import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
-from common import run as run_module
-from common.cli import UserError, option
+from common.cli import UserError, option, write_atomically
 from common.data import SegmentationDataset, class_list, find_pairs
-from common.run import Options, Run, load_state, poly_rate, read_checkpoint, save_checkpoint
+from common.run import Options, Run, load_state, poly_rate, read_checkpoint
 
 STAGES = ("first", "second")
 
@@ -162,7 +164,7 @@ def test_another_config_is_refused_by_name(make):
         make(seed=3)
 
 
-def test_stage_and_from_decide_what_runs(make):
+def test_stage_and_from_decide_what_runs(make, tmp_path):
     with pytest.raises(UserError, match="--stage third is unknown; the stages are first, second"):
         make(stage="third")
     with pytest.raises(UserError, match="--stage second needs .*first.pt"):
@@ -177,20 +179,51 @@ def test_stage_and_from_decide_what_runs(make):
     assert torch.equal(other["model"].layers[0].weight, state["model"].layers[0].weight)
     with pytest.raises(UserError, match="there is no checkpoint nowhere.pt"):
         make(tag="c", from_="nowhere.pt")
+    train(run, other, dataset, "second")
+    with pytest.raises(UserError, match="no stage follows --from .*second.pt"):
+        make(tag="c", from_=str(run.folder / "second.pt"))
+    with pytest.raises(KeyboardInterrupt):
+        train(*make(tag="d"), at=lambda it, loss: exec("raise KeyboardInterrupt") if it == 5 else loss)
+    with pytest.raises(UserError, match="last.pt is from inside the stage 'first'"):
+        make(tag="c", from_=str(tmp_path / "x-gta5-d/last.pt"))
 
 
-def test_a_checkpoint_write_cut_short_keeps_the_previous_one(make, tmp_path, monkeypatch):
-    path = tmp_path / "last.pt"
-    save_checkpoint(path, {"stage": "first", "state": {"x": torch.ones(3)}})
+def test_a_stage_does_not_start_anew_under_what_came_after_it(make):
+    run, state, dataset = make()
+    train(run, state, dataset)
+    train(run, state, dataset, "second")
+    (run.folder / "first.pt").unlink()
+    with pytest.raises(UserError, match="has no first.pt, but what came after it .second.pt."):
+        train(*make())
 
-    def half(checkpoint, file):
-        file.write(b"PK half a file")
-        raise RuntimeError("[enforce fail at inline_container.cc:664] . unexpected pos 64 vs 0")
 
-    monkeypatch.setattr(run_module.torch, "save", half)
-    with pytest.raises(UserError, match="cannot write .*last.pt"):
-        save_checkpoint(path, {"stage": "first", "state": {"x": torch.zeros(3)}})
-    assert read_checkpoint(path)["state"]["x"].sum() == 3 and os.listdir(tmp_path) == ["last.pt"]
+def test_weights_that_are_not_finite_are_not_saved(make):
+    run, state, dataset = make()
+
+    def poison(it, loss):
+        if it == 7:
+            with torch.no_grad():
+                state["model"].layers[0].weight[0] = float("nan")
+            return loss * 0
+        return loss
+
+    with pytest.raises(UserError, match="'model' holds values that are not finite|loss 'seg' became nan"):
+        train(run, state, dataset, at=poison)
+    assert read_checkpoint(run.folder / "last.pt")["state"]["model"]["layers.0.weight"].isfinite().all()
+
+
+def test_sigterm_to_the_whole_process_group_stops_cleanly(city, tmp_path):
+    """As `timeout` and schedulers send it: the worker processes must not die before the parent has saved."""
+    root = Path(__file__).parents[1]
+    line = [sys.executable, "fada.py", "--data", str(city), "--runs", str(tmp_path), "--init", "none", "--workers", "2",
+            "--backbone", "resnet18", "--source-size", "64x32", "--target-size", "64x32", "--batch-size", "2",
+            "--log-every", "1", "--source-iterations", "100000"]
+    process = subprocess.Popen(line, cwd=root, stdout=subprocess.PIPE, text=True, start_new_session=True)
+    printed = [next(process.stdout) for _ in range(3)]
+    os.killpg(process.pid, signal.SIGTERM)
+    rest, _ = process.communicate(timeout=60)
+    assert process.returncode == 0 and "resume with: " in rest, "".join(printed) + rest
+    assert read_checkpoint(tmp_path / "fada-gta5/last.pt")["iteration"] >= 3
 
 
 def test_checkpoints_of_others_are_refused(tmp_path):
@@ -200,7 +233,8 @@ def test_checkpoints_of_others_are_refused(tmp_path):
 
     torch.save({"stage": "first", "state": {"x": Crafted()}}, tmp_path / "crafted.pt")
     torch.save({"weight": torch.ones(1)}, tmp_path / "foreign.pt")
-    save_checkpoint(tmp_path / "good.pt", {"stage": "first", "state": {"x": torch.ones(100)}})
+    good = {"stage": "first", "state": {"x": torch.ones(100)}}
+    write_atomically(tmp_path / "good.pt", lambda file: torch.save(good, file))
     (tmp_path / "cut.pt").write_bytes((tmp_path / "good.pt").read_bytes()[:300])
     for name, words in (("crafted", "damaged or not a checkpoint"), ("cut", "damaged"), ("foreign", "not a checkpoint of")):
         with pytest.raises(UserError, match=f"{name}.pt is {words}"):

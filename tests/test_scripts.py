@@ -94,6 +94,20 @@ def test_only_the_five_packages_and_no_other_script(script):
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize(("flags", "folder", "classes", "means"), [
+    ("--source synthia", "synthia", 16, {"mIoU", "mIoU*"}),
+    ("--source cityscapes --target crosscity --city Rome", "cityscapes-rome", 19, {"mIoU"}),
+    ("--source gta5 --target-labels", "gta5", 19, {"mIoU"}),
+])
+def test_other_domains(script, flags, folder, classes, means, city, tmp_path):
+    module = importlib.import_module(script)
+    module.main([*arguments(script, city, tmp_path, "--stage", "source"), *flags.split()])
+    result = json.loads((tmp_path / f"{script}-{folder}/results.json").read_text())["source"]["single-scale"]
+    assert len(result["iou"]) == len(result["matrix"]) == classes
+    assert {name for name in result if name.startswith("mIoU") and "present" not in name} == means
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
 def test_the_readme_shows_the_defaults(script):
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     shown = readme.split(f"<!-- defaults: {script} -->\n")[1].split("<!-- /defaults -->")[0]

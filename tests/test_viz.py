@@ -119,8 +119,7 @@ def test_files_are_replaced_whole(tmp_path, monkeypatch):
     before = path.read_bytes()
 
     def cut_short(self, file, **_):
-        with open(file, "wb") as stream:
-            stream.write(b"half a picture")
+        file.write(b"half a picture")
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(Image.Image, "save", cut_short)

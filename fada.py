@@ -368,7 +368,7 @@ def report_class_center_distance(run: Run, cfg: Config, model: nn.Module, domain
         for x, label, _ in run.sweep(f"class center distance, {domain}", torch.utils.data.Subset(dataset, chosen)):
             with run.autocast():
                 feat, _ = model(x)                                                # (1, D, h, w)
-            label = F.interpolate(label[None].float(), feat.shape[-2:], mode="nearest-exact")[0].long()
+            label = F.interpolate(label[None].float(), feat.shape[-2:], mode="nearest")[0].long()
             if feat.device.type == "mps":                                         # which has no float64
                 feat, label = feat.cpu(), label.cpu()
             new = class_moments(feat.permute(0, 2, 3, 1).flatten(0, 2), label.flatten(), len(classes))

@@ -5,6 +5,7 @@ PY     := $(VENV)/bin/python
 METHOD ?= fada
 SEEDS  ?= 0 1 2
 NAME   ?= toy
+JOBS   ?= 1
 ARGS   ?= --toy
 
 help:                     ## show this list
@@ -33,7 +34,7 @@ bench: setup              ## speed, as ratios measured side by side in one run
 	$(PY) tests/bench.py
 
 results: setup            ## METHOD=fada [SEEDS="0 1 2"] [NAME=pair ARGS="--data PATH --init PATH ..."]: the README's tables
-	$(PY) -m common.results $(METHOD) --seeds $(SEEDS) --name $(NAME) -- $(ARGS)
+	$(PY) -m common.results $(METHOD) --seeds $(SEEDS) --name $(NAME) --jobs $(JOBS) -- $(ARGS)
 
 clean:                    ## remove .venv, runs and the toy city
 	rm -rf $(VENV) runs data/toycity .ruff_cache

@@ -4,18 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from common.data import IGNORE, ClassList
 from common.deeplab import upsample
-
-if TYPE_CHECKING:
-    from common.data import ClassList
-
-IGNORE = 255
 
 
 def confusion_matrix(prediction: Tensor, label: Tensor, num_classes: int) -> Tensor:

@@ -5,19 +5,14 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from common.cli import write_atomically
+from common.data import IGNORE, IMAGENET_MEAN, IMAGENET_STD, ClassList
 
-if TYPE_CHECKING:
-    from common.data import ClassList
-
-IGNORE = 255
-MEAN, STD = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
 SERIES_COLORS = ((31, 119, 180), (214, 39, 40), (44, 160, 44), (255, 127, 14), (148, 103, 189),
                  (23, 190, 207), (140, 86, 75), (227, 119, 194))
 INK, GRID, PAPER = (40, 40, 40), (222, 222, 222), (255, 255, 255)
@@ -37,7 +32,7 @@ def colorize(label: Tensor | np.ndarray, classes: ClassList) -> np.ndarray:
 
 def denormalise(image: Tensor | np.ndarray) -> np.ndarray:
     """(3,h,w) float, ImageNet-normalised -> (h,w,3) uint8, values outside the range cut off."""
-    image = _array(image).astype(np.float64).transpose(1, 2, 0) * STD + MEAN
+    image = _array(image).astype(np.float64).transpose(1, 2, 0) * IMAGENET_STD + IMAGENET_MEAN
     return (image.clip(0, 1) * 255).round().astype(np.uint8)
 
 

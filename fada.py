@@ -44,9 +44,11 @@ Departures:
     the same, and each backward pass is told which weights it may reach.
  9. Eq. (9) is measured over the labelled pixels of `ccd_images` images a domain on the feature grid: per domain and for
     both together. The paper does not say whether S_i holds both domains.
+10. Each stage has its own optimizer, and the poly rate's horizon is the stage's own iterations; the paper gives the power.
 The authors' code differs from their paper in ways that are not taken: L_seg on logits / T, source images sampled by class
 rarity, weight decay 5e-4, rate 5e-4 in the source and distillation stages, poly horizons longer than the runs, jitter on
-the source only, no flip, D's input upsampled to the image.
+the source only, no flip, D's outputs and the soft labels upsampled to the image (here Eqs. (5) and (6) run over the feature
+samples f_i, as printed).
 """
 
 from __future__ import annotations
@@ -111,6 +113,7 @@ class Config:
                              identity=False)
 
 
+# Few iterations need higher rates; lambda_adv x lr x iterations is 0.01 in the paper and 0.0075 here.
 TOY = dict(data="data/toycity", init="none", backbone="resnet18", source_size=Size(128, 64), target_size=Size(128, 64),
            source_iterations=600, adversarial_iterations=600, distill_iterations=400, lr=2.5e-3, lambda_adv=0.005,
            lr_discriminator=3e-4, workers=0, amp="bf16", channels_last=True)

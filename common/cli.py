@@ -13,6 +13,7 @@ import argparse
 import dataclasses
 import difflib
 import functools
+import gc
 import inspect
 import math
 import os
@@ -148,8 +149,10 @@ def command(main):
         try:
             return main(argv)
         except UserError as error:
-            print(f"{Path(inspect.getfile(main)).name}: error: {error}", file=sys.stderr)
-            raise SystemExit(2) from None
+            message = str(error)
+        gc.collect()    # only now do the loaders go that the exception's frames kept alive, and their worker processes
+        print(f"{Path(inspect.getfile(main)).name}: error: {message}", file=sys.stderr)
+        raise SystemExit(2)
     return wrapped
 
 

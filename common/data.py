@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import os
 import re
 import signal
 import struct
@@ -478,6 +479,7 @@ def sweep_loader(dataset: SegmentationDataset, workers: int = 0, pin: bool = Fal
 
 
 def _leave_signals_to_the_parent(worker: int) -> None:
-    """Ctrl-C and a scheduler's SIGTERM reach the whole process group: the parent stops cleanly, then ends its workers."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    """Ctrl-C, and the SIGTERM of `timeout` and the like, go to a whole process group. The parent, which stops cleanly, still
+    needs its workers for the iteration under way, so they leave its group; it ends them itself."""
+    os.setpgid(0, 0)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)

@@ -114,6 +114,16 @@ def test_the_readme_shows_the_defaults(script):
     assert shown.strip() == defaults_table(importlib.import_module(script).Config)
 
 
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_damaged_image_ends_the_run_and_its_workers(script, city, tmp_path):
+    shutil.copytree(city, tmp_path / "data")
+    for image in (tmp_path / "data/gta5/images").iterdir():
+        image.write_bytes(image.read_bytes()[:200])
+    line = [sys.executable, f"{script}.py", *arguments(script, tmp_path / "data", tmp_path / "runs", "--workers", "2")]
+    done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2 and "is damaged, truncated or not an image" in done.stderr and done.stderr.count("\n") == 1
+
+
 def run_main(script: str, *argv: str) -> int:
     with pytest.raises(SystemExit) as stop:
         importlib.import_module(script).main(list(argv))

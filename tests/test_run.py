@@ -182,8 +182,8 @@ def test_stage_and_from_decide_what_runs(make, tmp_path):
     train(run, other, dataset, "second")
     with pytest.raises(UserError, match="no stage follows --from .*second.pt"):
         make(tag="c", from_=str(run.folder / "second.pt"))
-    with pytest.raises(KeyboardInterrupt):
-        train(*make(tag="d"), at=lambda it, loss: exec("raise KeyboardInterrupt") if it == 5 else loss)
+    with pytest.raises(AttributeError):
+        train(*make(tag="d"), at=lambda it, loss: None if it == 5 else loss)     # fails after the checkpoint of iteration 4
     with pytest.raises(UserError, match="last.pt is from inside the stage 'first'"):
         make(tag="c", from_=str(tmp_path / "x-gta5-d/last.pt"))
 

@@ -185,7 +185,8 @@ def _add(group, field: dataclasses.Field, kind, with_paper: bool) -> None:
                            action=argparse.BooleanOptionalAction)
     elif typing.get_origin(kind) is tuple:
         group.add_argument(flag(field.name), dest=field.name, default=field.default, help=text, nargs="+",
-                           type=_reader(field, typing.get_args(kind)[0]), action=_Tuple, metavar="X")
+                           choices=field.metadata["choices"] or None, type=_reader(field, typing.get_args(kind)[0]),
+                           action=_Tuple, metavar="X")
     else:
         group.add_argument(flag(field.name), dest=field.name, default=field.default, help=text,
                            choices=field.metadata["choices"] or None, type=_reader(field, kind),

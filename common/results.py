@@ -4,8 +4,8 @@
     python -m common.results fada --seeds 0 1 2 --name pair --jobs 2 -- --data PATH --init PATH --backbone resnet18 ...
 
 What stands behind `--` goes to every run. The rows are the script's own `RESULTS`: row -> (stage reported, flags); `{row}` in
-the flags is the run folder of another row with the same seed. Runs that are finished are not run again; interrupted ones
-resume. With --jobs N, N runs go side by side, each on its share of the cores.
+the flags is the run folder of another row with the same seed. Rows with the same flags are stages of one run. Runs that are
+finished are not run again; interrupted ones resume. With --jobs N, N runs go side by side, each on its share of the cores.
 """
 
 from __future__ import annotations
@@ -54,24 +54,35 @@ def main(argv: list[str] | None = None) -> None:
     try:
         for row in [row for row in rows if row in wanted or any(f"{{{row}}}" in rows[other][1] for other in wanted)]:
             for seed in args.seeds:                          # rows in order: what a run waits for was submitted before it
-                futures[row, seed] = pool.submit(measure, args, extra, script, row, seed, futures)
+                if (first_of(rows, row), seed) not in futures:
+                    futures[first_of(rows, row), seed] = pool.submit(measure, args, extra, script, row, seed, futures)
         for future in as_completed(futures.values()):
             future.result()                                  # the first failure ends the rest
     finally:
         pool.shutdown(cancel_futures=True)
-    results = {row: [futures[row, seed].result()[1] for seed in args.seeds] for row in rows if row in wanted}
-    print(table(results, args.mean, gap=set(wanted) == set(rows)))
+    results: dict[str, list[dict]] = {row: [] for row in rows if row in wanted}
+    for row, seed in [(row, seed) for row in results for seed in args.seeds]:
+        stage, found = rows[row][0], futures[first_of(rows, row), seed].result()[1]
+        if stage not in found:
+            raise UserError(f"{row!r} with seed {seed} was stopped; start again to go on")
+        results[row].append(found[stage])
+    print(table(results, args.mean, gap={list(rows)[0], list(rows)[-1]} <= set(wanted)))
+
+
+def first_of(rows: dict[str, tuple[str, str]], row: str) -> str:
+    """The first row with the same flags, which names the run."""
+    return next(other for other in rows if rows[other][1] == rows[row][1])
 
 
 def measure(args, extra: list[str], script, row: str, seed: int, futures: dict) -> tuple[Path, dict]:
-    """Run one variant with one seed. Returns the run's folder and the entry of the row's stage in results.json.
+    """Run one variant with one seed. Returns the run's folder and what is in its results.json.
 
     A finished run is started too: it checks its settings, refuses if they are others, and ends at once.
     """
-    stage, flags = script.RESULTS[row]
+    rows, flags = script.RESULTS, script.RESULTS[row][1]
     for needed in re.findall(r"\{(.+?)\}", flags):
-        flags = flags.replace(f"{{{needed}}}", shlex.quote(str(futures[needed, seed].result()[0])))
-    tag = f"{args.name}-{re.sub(r'[^a-z0-9]+', '-', row.lower()).strip('-')}-{seed}"
+        flags = flags.replace(f"{{{needed}}}", shlex.quote(str(futures[first_of(rows, needed), seed].result()[0])))
+    tag = f"{args.name}-{re.sub(r'[^a-z0-9]+', '-', first_of(rows, row).lower()).strip('-')}-{seed}"
     argv = [*extra, *shlex.split(flags), "--seed", str(seed), "--tag", tag, "--runs", args.runs]
     line = [sys.executable, f"{args.method}.py", *argv]
     print(f"\n{shlex.join(['python', *line[1:]])}", file=sys.stderr, flush=True)
@@ -81,9 +92,7 @@ def measure(args, extra: list[str], script, row: str, seed: int, futures: dict) 
     cfg, options = parse(f"{args.method}.py", "", (script.Config, Options), argv, script.TOY)
     folder = run_folder(args.method, cfg, options)
     file = folder / "results.json"
-    if not file.exists() or stage not in json.loads(file.read_text()):
-        raise UserError(f"{row!r} with seed {seed} was stopped; start again to go on")
-    return folder, json.loads(file.read_text())[stage]
+    return folder, json.loads(file.read_text()) if file.exists() else {}
 
 
 def table(results: dict[str, list[dict]], mean: str, gap: bool) -> str:

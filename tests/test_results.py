@@ -20,7 +20,7 @@ class Config:
 
 TOY = {}
 RESULTS = {"low": ("one", "--score 0.2"), "middle (x)": ("two", "--score 0.3 --from {low}/one.pt"),
-           "high": ("one", "--score 0.4")}
+           "middle, later": ("three", "--score 0.3 --from {low}/one.pt"), "high": ("one", "--score 0.4")}
 if __name__ == "__main__":
     argv = dict(zip(sys.argv[1::2], sys.argv[2::2]))
     if "--from" in argv:
@@ -31,7 +31,11 @@ if __name__ == "__main__":
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "one.pt").touch()
     score = {"mIoU present": float(argv["--score"]) + 0.01 * int(argv["--seed"])}
-    (folder / "results.json").write_text(json.dumps({"one": {"single-scale": score}, "two": {"single-scale": score}}))
+    stages = {name: {"single-scale": score} for name in ("one", "two")}
+    stages["three"] = {"single-scale": {"mIoU present": score["mIoU present"] + 0.05}}
+    (folder / "results.json").write_text(json.dumps(stages))
+    with open(folder / "started", "a") as file:
+        file.write("x")
 '''
 
 
@@ -43,12 +47,16 @@ def test_rows_seeds_and_table(tmp_path, monkeypatch, capsys, jobs):
     monkeypatch.setenv("PYTHONPATH", str(Path(results.__file__).parents[1]))
     monkeypatch.delitem(sys.modules, "stand_in", raising=False)
     argv = ["stand_in", "--seeds", "0", "2", "--name", "t", "--jobs", jobs, "--", "--source", "synthia"]
-    for _ in range(2):                                           # the second time nothing is run
+    for times in (1, 2):                                         # the script itself ends at once where a run is finished
         results.main(argv)
         assert capsys.readouterr().out.splitlines() == [
             "| | mIoU present | each seed | gap closed |", "|---|---|---|---|", "| low | 21.0 ± 1.4 | 20.0 22.0 | 0 % |",
-            "| middle (x) | 31.0 ± 1.4 | 30.0 32.0 | 50 % |", "| high | 41.0 ± 1.4 | 40.0 42.0 | 100 % |"]
-    assert (tmp_path / "runs/stand_in-synthia-t-middle-x-2/results.json").exists()
+            "| middle (x) | 31.0 ± 1.4 | 30.0 32.0 | 50 % |",
+            "| middle, later | 36.0 ± 1.4 | 35.0 37.0 | 75 % |", "| high | 41.0 ± 1.4 | 40.0 42.0 | 100 % |"]
+        assert (tmp_path / "runs/stand_in-synthia-t-middle-x-2/started").read_text() == times * "x"    # one run, two rows
+    assert not (tmp_path / "runs/stand_in-synthia-t-middle-later-2").exists()
+    results.main([*argv[:8], "--rows", "middle, later"])         # the run is named by a row that is not wanted
+    assert capsys.readouterr().out.splitlines()[2:] == ["| middle, later | 36.0 ± 1.4 | 35.0 37.0 | - |"]
     results.main([*argv[:8], "--rows", "middle (x)"])            # needs "low"; the gap has no meaning
     assert capsys.readouterr().out.splitlines()[2:] == ["| middle (x) | 31.0 ± 1.4 | 30.0 32.0 | - |"]
     for wrong, words in ((["stand_in", "--rows", "lowest"], "unknown row 'lowest'"), (["stand_on"], "no script stand_on.py"),

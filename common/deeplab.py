@@ -184,13 +184,15 @@ class DeepLab(nn.Module):
         root = {"all": self, "encoder": self.encoder, "none": nn.Identity()}[self.frozen_bn]
         return [m for m in root.modules() if isinstance(m, _BatchNorm)]
 
-    def parameter_groups(self, lr: float) -> list[dict]:
-        """Groups for an optimizer, trainable parameters only: v2's head at 10 * lr, everything else at lr."""
-        head = [p for p in self.head.parameters() if p.requires_grad]
-        rest = [p for name, p in self.named_parameters() if p.requires_grad and not name.startswith("head.")]
-        if self.head_rate == 1:
-            return [{"params": rest + head, "lr": lr}]
-        return [{"params": rest, "lr": lr}, {"params": head, "lr": self.head_rate * lr}]
+    def parameter_groups(self, lr: float, encoder_rate: float = 1.0) -> list[dict]:
+        """Groups for an optimizer, trainable parameters only: the encoder at encoder_rate * lr, v2's head at 10 * lr, the
+        rest at lr."""
+        groups: dict[float, list[nn.Parameter]] = {1: []}          # the rest first: its rate is the one that is logged
+        for name, parameter in self.named_parameters():
+            if parameter.requires_grad:
+                part = name.split(".")[0]
+                groups.setdefault({"head": self.head_rate, "encoder": encoder_rate}.get(part, 1), []).append(parameter)
+        return [{"params": parameters, "lr": multiple * lr} for multiple, parameters in groups.items() if parameters]
 
 
 class DeepLabV2(DeepLab):
@@ -237,7 +239,9 @@ class DeepLabV3Plus(DeepLab):
         self.aspp = ASPP(high)
         self.low = conv_bn_relu(low, 48)
         self.decoder = nn.Sequential(conv_bn_relu(256 + 48, 256, 3), conv_bn_relu(256, 256, 3))
-        self.head = init_convs(nn.Conv2d(256, num_classes, 1))
+        self.head = nn.Conv2d(256, num_classes, 1)
+        nn.init.kaiming_normal_(self.head.weight)                   # fan-in: with fan-out, K, first logits are large
+        nn.init.zeros_(self.head.bias)
 
     def features(self, x: Tensor) -> Tensor:
         low, high = resnet_features(self.encoder, x)

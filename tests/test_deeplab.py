@@ -230,6 +230,11 @@ def test_rates():
     (group,) = model.parameter_groups(0.5)
     assert group["lr"] == 0.5 and all(p.requires_grad for p in group["params"])
     assert len(group["params"]) == len(list(model.parameters())) - 2 * len(batch_norms(model))
+    rest, encoder = model.parameter_groups(0.5, encoder_rate=0.1)
+    assert (rest["lr"], encoder["lr"]) == (0.5, 0.05)
+    trained = {id(p) for p in model.encoder.parameters() if p.requires_grad}
+    assert {id(p) for p in encoder["params"]} == trained
+    assert any(p is model.head.weight for p in rest["params"])
 
 
 # ---------------------------------------------------------------------------------------------- weights

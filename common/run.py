@@ -159,9 +159,20 @@ class Run:
         """Whether a stage is finished or gets finished by this start of the script."""
         return name in self.selected or self.finished(name)
 
-    def sweep(self, what: str, dataset):
-        """Yield `(image, label, names, *maps)` once for each image of a dataset, one at a time, on the device."""
-        loader = data.sweep_loader(dataset, workers=self.options.workers, pin=self.device.type == "cuda")
+    def prepare(self, name: str) -> None:
+        """Before what a script computes for a stage that it has not begun: refuse what is stale, forget an earlier attempt."""
+        self._check_nothing_is_stale(name)
+        self._cut_log(name, -1)
+
+    def sweep(self, what: str, dataset, shared: bool = False):
+        """Yield `(image, label, names, *maps)` once for each image of a dataset, one at a time, on the device.
+
+        With `shared`, each of several processes gets its part; `sum_over_processes` brings together what they counted.
+        """
+        rank, world = 0, 1
+        if shared and several_processes():
+            rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
+        loader = data.sweep_loader(dataset, self.options.workers, self.device.type == "cuda", rank, world)
         clock = Clock(len(loader))
         with self._signals():
             for k, (image, label, names, *maps) in enumerate(loader):
@@ -228,8 +239,10 @@ class Run:
             results[name] = {}
             for test, how in tests.items():
                 with self.autocast():
-                    matrix = metrics.evaluate(model, self.sweep(f"{name}, {test}", dataset), len(classes), self.device, **how)
-                results[name][test] = summary(matrix, classes)
+                    images = self.sweep(f"{name}, {test}", dataset, shared=True)
+                    matrix = metrics.evaluate(model, images, len(classes), self.device, **how).to(self.device)
+                sum_over_processes(matrix)
+                results[name][test] = summary(matrix.cpu(), classes)
             if not self.options.eval:
                 self._write_pictures(name, model, dataset, classes)
                 write_json(self.folder / "results.json", results)
@@ -266,6 +279,9 @@ class Run:
                                 "again to finish it")
             if checkpoint["stage"] in self.stages:
                 first = self.stages.index(checkpoint["stage"]) + 1
+            elif not self.options.stage and not self.options.eval:
+                raise UserError(f"--from {self.options.from_} finished the stage {checkpoint['stage']!r}, which this run does "
+                                f"not have ({', '.join(self.stages)}); say with --stage which stage starts from it")
             if first == len(self.stages) and not self.options.stage and not self.options.eval:
                 raise UserError(f"no stage follows --from {self.options.from_}, which finished {checkpoint['stage']!r}; "
                                 "add --eval to evaluate it, or --stage to run a stage from it")
@@ -371,10 +387,13 @@ class Run:
                 set_random_states(checkpoint["random"], self.device)
                 start = checkpoint["iteration"]
                 print(f"{stage}: resuming at iteration {start}", flush=True)
-        kept = [line for line in self._log_lines() if line.get("stage") != stage or line.get("iteration", 0) <= start]
+        self._cut_log(stage, start)                          # later lines are from after the last checkpoint
+        return start
+
+    def _cut_log(self, stage: str, last: int) -> None:
+        kept = [line for line in self._log_lines() if line.get("stage") != stage or line.get("iteration", 0) <= last]
         text = "".join(json.dumps(line) + "\n" for line in kept).encode()
         write_atomically(self.folder / "log.jsonl", lambda file: file.write(text))
-        return start                                         # later lines are from after the last checkpoint
 
     def _log_lines(self) -> list[dict]:
         log = self.folder / "log.jsonl"
@@ -476,6 +495,18 @@ class Clock:
 def minutes(seconds: float) -> str:
     """h:mm:ss"""
     return f"{int(seconds) // 3600}:{int(seconds) // 60 % 60:02d}:{int(seconds) % 60:02d}"
+
+
+def several_processes() -> bool:
+    """Whether this process is one of several that torch.distributed has brought together."""
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
+def sum_over_processes(*tensors: Tensor) -> None:
+    """Replace each tensor by its sum over all processes, in place; nothing is done where there is one process."""
+    if several_processes():
+        for tensor in tensors:
+            torch.distributed.all_reduce(tensor)
 
 
 def poly_rate(initial: float, iteration: int, iterations: int, power: float = 0.9) -> float:

@@ -177,6 +177,11 @@ def test_stage_and_from_decide_what_runs(make, tmp_path):
     assert not run.trains("first") and run.trains("second")
     run.start_from(other["model"])
     assert torch.equal(other["model"].layers[0].weight, state["model"].layers[0].weight)
+    foreign = {**torch.load(tmp_path / "x-gta5-a/first.pt", weights_only=True), "stage": "zeroth"}
+    torch.save(foreign, tmp_path / "foreign.pt")
+    with pytest.raises(UserError, match="the stage 'zeroth', which this run does not have .first, second.; say with --stage"):
+        make(tag="c", from_=str(tmp_path / "foreign.pt"))
+    assert make(tag="c", from_=str(tmp_path / "foreign.pt"), stage="second")[0].selected == ("second",)
     with pytest.raises(UserError, match="there is no checkpoint nowhere.pt"):
         make(tag="c", from_="nowhere.pt")
     train(run, other, dataset, "second")
@@ -195,6 +200,26 @@ def test_a_stage_does_not_start_anew_under_what_came_after_it(make):
     (run.folder / "first.pt").unlink()
     with pytest.raises(UserError, match="has no first.pt, but what came after it .second.pt."):
         train(*make())
+    with pytest.raises(UserError, match="has no first.pt, but what came after it .second.pt."):
+        make()[0].prepare("first")
+
+
+def test_what_a_script_logs_before_a_stage_is_there_once(make):
+    def start(die: bool):
+        run, state, dataset = make()
+        if not run.begun("first"):
+            run.prepare("first")
+            run.log(stage="first", iteration=0, note="prepared")
+        if die:
+            with pytest.raises(AttributeError):
+                train(run, state, dataset, at=lambda it, loss: None if it == 2 else loss)
+        else:
+            train(run, state, dataset)
+        return log_lines(run)
+
+    start(die=True)                                              # killed before the first checkpoint of the stage
+    lines = start(die=False)
+    assert [line["iteration"] for line in lines] == [0, 3, 4, 6, 8, 9, 10] and lines[0]["note"] == "prepared"
 
 
 def test_weights_that_are_not_finite_are_not_saved(make):

@@ -19,6 +19,7 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+import cag
 import fada
 from common import data, metrics
 from common.cli import Size
@@ -73,10 +74,23 @@ class StepRun:
         pass
 
 
-def network_step(network: str, images: list[torch.Tensor]):
+class PassRun:
+    """Stands in for a Run in a pass over images."""
+
+    device = torch.device("cpu")
+    autocast = staticmethod(contextlib.nullcontext)
+
+    def __init__(self, images):
+        self.images = images
+
+    def sweep(self, what, dataset, shared):
+        yield from self.images
+
+
+def network_step(network: str, images: list[torch.Tensor], freeze_bn: str = "encoder"):
     """(model, a function that does one forward, backward and update of a copy of it on `images`)."""
     torch.manual_seed(0)
-    model, copy = (build_model(network, "resnet101", 19, "none", "encoder") for _ in range(2))
+    model, copy = (build_model(network, "resnet101", 19, "none", freeze_bn) for _ in range(2))
     optimizer = torch.optim.SGD(copy.parameter_groups(1e-6), momentum=0.9, weight_decay=1e-4)
 
     def bare():
@@ -96,6 +110,47 @@ def fada_step() -> None:
     ratios = [a / b for a, b in run.pairs]
     row("FADA: adversarial step / bare step (ResNet-101, 2 + 2 images of 256x128)", "at most 1.13", ratios,
         f"bare {statistics.median(b for _, b in run.pairs):.2f} s")
+
+
+def cag_step() -> None:
+    x_s, x_t = torch.randn(2, 1, 3, 256, 512).unbind()
+    y_s, y_t, y_p = torch.randint(0, 19, (3, 1, 256, 512)).unbind()
+    model, bare = network_step("v3+", [x_s, x_t], "all")
+    run = StepRun(bare, ((x_s, y_s), (x_t, y_s, y_t, y_p)), iterations=5)
+    cag.train_stage(run, cag.Config(lr=1e-6), 1, model, torch.randn(19, 256), None, None, 1)
+    row("CAG: stage's step / bare step (ResNet-101, 1 + 1 images of 512x256)", "at most 1.10", [a / b for a, b in run.pairs],
+        f"bare {statistics.median(b for _, b in run.pairs):.2f} s")
+
+
+def cag_distances() -> None:
+    feat, anchors = torch.randn(1, 256, 256, 512), torch.randn(19, 256)
+
+    def cdist():
+        return torch.cdist(feat.flatten(2).transpose(1, 2), anchors[None]).sort(dim=-1)
+
+    ratios, theirs, ours = interleaved(cdist, lambda: cag.nearest_anchor(cag.anchor_distances(feat, anchors)), 7)
+    row("CAG: seconds of torch.cdist and sort / Eqs. (5) and (6) (stride 4 of 2048x1024, 256 channels, 19 anchors)", "above 1",
+        ratios, f"{theirs:.3f} s against {ours:.3f} s")
+
+
+@torch.no_grad()
+def cag_passes() -> None:
+    torch.manual_seed(0)
+    model = build_model("v3+", "resnet101", 19, "none", "all").eval()
+    images = [(torch.randn(1, 3, 512, 1024), torch.randint(0, 19, (1, 512, 1024)), (f"{k}",)) for k in range(2)]
+    run, anchors = PassRun(images), torch.randn(19, 256)
+
+    def plain():
+        for x, _, _ in images:
+            model(x)
+
+    with tempfile.TemporaryDirectory() as folder:
+        passes = {"anchor": lambda: cag.source_anchors(run, model, None, 19),
+                  "pseudo-label": lambda: cag.label_target(run, cag.Config(), model, anchors, None, Path(folder))}
+        for name, function in passes.items():
+            ratios, _, bare = interleaved(function, plain, 3)
+            row(f"CAG: {name} pass / plain inference (ResNet-101, images of 1024x512)", "at most 1.20", ratios,
+                f"inference {bare / len(images):.2f} s an image")
 
 
 def gta5_files(root: Path, count: int) -> list[data.Pair]:
@@ -164,7 +219,8 @@ def evaluation() -> None:
             f"{theirs_s:.2f} s against {ours_s:.3f} s")
 
 
-BENCHES = {"fada": fada_step, "loader": loader, "evaluation": evaluation}
+BENCHES = {"fada": fada_step, "cag step": cag_step, "cag distances": cag_distances, "cag passes": cag_passes,
+           "loader": loader, "evaluation": evaluation}
 
 if __name__ == "__main__":
     torch.set_num_threads(min(2, torch.get_num_threads()))

@@ -452,7 +452,9 @@ class Run:
             points = [line for line in lines if line["stage"] == stage and "rate" in line]
             names = [key for key in points[0] if key not in ("stage", "iteration", "rate", "seconds")]
             series = {name: [(line["iteration"], line[name]) for line in points if name in line] for name in names}
-            viz.curves(self.folder / f"{stage}-losses.png", series, f"{self.folder.name}: {stage}", ylabel="loss")
+            values = [line[name] for line in points for name in names if line.get(name, 0) > 0]
+            viz.curves(self.folder / f"{stage}-losses.png", series, f"{self.folder.name}: {stage}", ylabel="loss",
+                       log=bool(values) and max(values) > 20 * min(values))
 
 
 def run_folder(method: str, cfg, options: Options) -> Path:

@@ -103,24 +103,30 @@ def _ticks(values: list[float]) -> tuple[float, float, list[float]]:
 
 
 def curves(path: str | os.PathLike, series: dict[str, Sequence[tuple[float, float]]], title: str,
-           xlabel: str = "iteration", ylabel: str = "") -> None:
-    """Write a line chart of 960 x 540 pixels with axes, ticks and a legend.
+           xlabel: str = "iteration", ylabel: str = "", log: bool = False) -> None:
+    """Write a line chart of 960 x 540 pixels with axes, ticks and a legend; `log`: a logarithmic y axis.
 
     Args:
-        series: name -> points (x, y) in the order in which they are joined. A point that is not finite interrupts
-            the line; a point without neighbours is a dot; an empty series stands in the legend only.
+        series: name -> points (x, y) in the order in which they are joined. A point that is not finite (with `log`, not
+            positive) interrupts the line; a point without neighbours is a dot; an empty series stands in the legend only.
     Raises: UserError if the file cannot be written.
     """
     chart = Image.new("RGB", (960, 540), PAPER)
     draw, font = ImageDraw.Draw(chart), ImageFont.load_default(size=16)
+    if log:
+        series = {name: [(x, math.log10(y) if y > 0 else math.nan) for x, y in points] for name, points in series.items()}
     finite = {name: [(x, y) if math.isfinite(x) and math.isfinite(y) else None for x, y in points]
               for name, points in series.items()}
     points = [p for line in finite.values() for p in line if p]
     (x0, x1, xticks), (y0, y1, yticks) = _ticks([p[0] for p in points]), _ticks([p[1] for p in points])
+    if log:
+        between = [k + math.log10(m) for k in range(math.floor(y0), math.ceil(y1) + 1) for m in (1, 2, 5)]
+        yticks = [y for y in between if y0 <= y <= y1 and (y1 - y0 < 2.5 or y == round(y))] or [y0, y1]
+    ylabels = [f"{10 ** y:.3g}" if log else f"{y:.6g}" for y in yticks]
     margin = 0.04 * (y1 - y0)                                         # so that no line lies on the frame
     y0, y1 = y0 - margin, y1 + margin
     legend = min(240, 44 + max((font.getlength(name) for name in series), default=0))
-    left = 2 * GAP + max(font.getlength(f"{y:.6g}") for y in yticks)
+    left = 2 * GAP + max(map(font.getlength, ylabels))
     right, top, bottom = 960 - 2 * GAP - legend, 70, 540 - 60
 
     def at(x: float, y: float) -> tuple[float, float]:
@@ -133,9 +139,9 @@ def curves(path: str | os.PathLike, series: dict[str, Sequence[tuple[float, floa
     for x in xticks:
         draw.line([at(x, y0), at(x, y1)], GRID)
         draw.text((at(x, y0)[0], bottom + 16), f"{x:.6g}", INK, font, anchor="mm")
-    for y in yticks:
+    for y, label in zip(yticks, ylabels):
         draw.line([at(x0, y), at(x1, y)], GRID)
-        draw.text((left - GAP / 2, at(x0, y)[1]), f"{y:.6g}", INK, font, anchor="rm")
+        draw.text((left - GAP / 2, at(x0, y)[1]), label, INK, font, anchor="rm")
     draw.rectangle([left, top, right, bottom], outline=INK)
 
     for number, (name, line) in enumerate(finite.items()):

@@ -103,13 +103,27 @@ def test_curves_draw_each_series_in_its_color(tmp_path):
     {"a": [(0, 0), (0, 1)]}, {"a": [(0, -1e12), (1, 1e12)]}, {"long name " * 20: [(0, 1e-9), (1, 2e-9)]},
     {str(n): [(0, n), (1, 0)] for n in range(len(SERIES_COLORS) + 2)},
 ])
-def test_curves_of_odd_series(tmp_path, series):
-    curves(tmp_path / "c.png", series, "title " * 60)
+@pytest.mark.parametrize("log", [False, True])
+def test_curves_of_odd_series(tmp_path, series, log):
+    curves(tmp_path / "c.png", series, "title " * 60, log=log)
     chart = read(tmp_path / "c.png")
     assert chart.shape == (540, 960, 3)
     assert (chart[:, :5] == 255).all() and (chart[:, -5:] == 255).all() and (chart[:3] == 255).all()   # nothing clips
-    if any(series.values()):
+    if any(y > 0 or not log for points in series.values() for _, y in points):
         assert count(chart, SERIES_COLORS[0]) > 200                     # more than its mark in the legend
+
+
+def test_curves_on_a_logarithmic_axis(tmp_path):
+    curves(tmp_path / "c.png", {"a": [(0, 0.01), (1, 1)], "b": [(1.1, 1), (2, 100)], "c": [(1, 0), (2, -3)]}, "", log=True)
+    chart = read(tmp_path / "c.png")
+    ends = []
+    for color in SERIES_COLORS[:2]:
+        rows, columns = np.nonzero((chart == color).all(axis=-1))
+        rows, columns = rows[columns < 890], columns[columns < 890]     # without the legend
+        ends.append((rows[columns.argmin()], rows[columns.argmax()]))
+    (a0, a1), (b0, b1) = ends
+    assert a0 - a1 == pytest.approx(b0 - b1, abs=4) and a0 - a1 > 150   # a factor of 100 is as high everywhere
+    assert count(chart, SERIES_COLORS[2]) < 250                         # only the mark in the legend
 
 
 def test_files_are_replaced_whole(tmp_path, monkeypatch):

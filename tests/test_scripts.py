@@ -19,10 +19,15 @@ from common.run import Run
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = {
+    "c2f": "--step0-iterations 3 --step-iterations 3 --K 2 --crop 64x32 --batch-size 1",
     "cag": "--source-epochs 0.375 --warmup-epochs 0.375 --stage-epochs 0.375 --K 2 --crop 64x32 --margin 0.05",
     "fada": "--source-iterations 3 --adversarial-iterations 3 --distill-iterations 3 --batch-size 2",
 }
-STAGES = {"cag": ["source", "warmup", "stage1", "stage2"], "fada": ["source", "adversarial", "distill"]}   # of 3 iterations
+STAGES = {                                             # of three iterations each
+    "c2f": ["step0", "step1", "step2"],
+    "cag": ["source", "warmup", "stage1", "stage2"],
+    "fada": ["source", "adversarial", "distill"],
+}
 
 
 def arguments(script: str, city: Path, runs: Path, *more: str) -> list[str]:
@@ -81,10 +86,10 @@ def test_help_and_import_have_no_side_effects(script, tmp_path):
 def test_copied_out_it_runs(script, city, tmp_path):
     shutil.copy(ROOT / f"{script}.py", tmp_path)
     shutil.copytree(ROOT / "common", tmp_path / "common", ignore=shutil.ignore_patterns("__pycache__"))
-    line = [sys.executable, f"{script}.py", *arguments(script, city, Path("runs"), "--stage", "source")]
+    line = [sys.executable, f"{script}.py", *arguments(script, city, Path("runs"), "--stage", STAGES[script][0])]
     done = subprocess.run(line, cwd=tmp_path, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": ""})
     assert done.returncode == 0, done.stderr
-    assert (tmp_path / f"runs/{script}-gta5/source.pt").exists()
+    assert (tmp_path / f"runs/{script}-gta5/{STAGES[script][0]}.pt").exists()
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -106,8 +111,9 @@ def test_only_the_five_packages_and_no_other_script(script):
 ])
 def test_other_domains(script, flags, folder, classes, means, city, tmp_path):
     module = importlib.import_module(script)
-    module.main([*arguments(script, city, tmp_path, "--stage", "source"), *flags.split()])
-    result = json.loads((tmp_path / f"{script}-{folder}/results.json").read_text())["source"]["single-scale"]
+    first = STAGES[script][0]
+    module.main([*arguments(script, city, tmp_path, "--stage", first), *flags.split()])
+    result = json.loads((tmp_path / f"{script}-{folder}/results.json").read_text())[first]["single-scale"]
     assert len(result["iou"]) == len(result["matrix"]) == classes
     assert {name for name in result if name.startswith("mIoU") and "present" not in name} == means
 

@@ -11,6 +11,7 @@ import statistics
 import sys
 import tempfile
 import time
+import types
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,7 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+import c2f
 import cag
 import fada
 from common import data, metrics
@@ -49,6 +51,7 @@ class StepRun:
     in turn with a bare step of a copy of the network on the same batches."""
 
     device = torch.device("cpu")
+    options = types.SimpleNamespace(seed=0)
 
     def __init__(self, bare, batches, iterations: int):
         self.bare, self.batches, self.iterations, self.pairs = bare, batches, iterations, []
@@ -153,6 +156,31 @@ def cag_passes() -> None:
                 f"inference {bare / len(images):.2f} s an image")
 
 
+def c2f_step() -> None:
+    x_s, x_t = torch.randn(2, 1, 3, 256, 512).unbind()
+    y_s, y_t, bins = torch.randint(0, 19, (3, 1, 256, 512)).unbind()
+    model, bare = network_step("v3+", [x_s, x_t, x_t], "all")
+    run = StepRun(bare, ((x_s, y_s), (x_t, y_s, y_t, bins)), iterations=5)
+    centers = c2f.category_centers(torch.randn(19, 256), torch.ones(19))
+    c2f.train_step(run, c2f.Config(step_lr=1e-6), 1, model, centers, torch.zeros(19), None, None)
+    row("C2F: a step's iteration / bare step (ResNet-101, 1 + 1 + 1 images of 512x256)", "at most 1.10",
+        [a / b for a, b in run.pairs], f"bare {statistics.median(b for _, b in run.pairs):.2f} s")
+
+
+def c2f_alignment() -> None:
+    from skimage import color, exposure
+    with tempfile.TemporaryDirectory() as folder:
+        source, reference = (data.read_image(pair.image).float() / 255 for pair in gta5_files(Path(folder), 2))
+
+    def theirs():
+        lab, lab_n = (color.rgb2lab(x.permute(1, 2, 0).numpy()) for x in (source, reference))
+        color.lab2rgb(exposure.match_histograms(lab, lab_n, channel_axis=-1))
+
+    ratios, theirs_s, ours_s = interleaved(theirs, lambda: c2f.photometric_align(source, reference), 5)
+    row("C2F: seconds of scikit-image (rgb2lab, match_histograms, lab2rgb) / photometric_align, exact (1914x1052)", "above 2",
+        ratios, f"{theirs_s:.2f} s against {ours_s:.2f} s")
+
+
 def gta5_files(root: Path, count: int) -> list[data.Pair]:
     """Files of GTA5's size and kind; the image is smooth noise, so that decoding costs what a photograph costs."""
     rng = np.random.default_rng(0)
@@ -220,7 +248,7 @@ def evaluation() -> None:
 
 
 BENCHES = {"fada": fada_step, "cag step": cag_step, "cag distances": cag_distances, "cag passes": cag_passes,
-           "loader": loader, "evaluation": evaluation}
+           "c2f step": c2f_step, "c2f alignment": c2f_alignment, "loader": loader, "evaluation": evaluation}
 
 if __name__ == "__main__":
     torch.set_num_threads(min(2, torch.get_num_threads()))

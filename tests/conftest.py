@@ -1,7 +1,8 @@
-"""Fixtures shared by the tests: a very small toy city, and torch kept to two threads."""
+"""Fixtures shared by the tests: a very small toy city, and torch kept to one thread, here and in the processes started here."""
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,8 @@ import torch
 from common import toycity
 from common.cli import Size
 
-torch.set_num_threads(2)
+torch.set_num_threads(1)                                 # a second one gains nothing at these sizes
+os.environ["OMP_NUM_THREADS"] = "1"
 
 
 @pytest.fixture(scope="session")

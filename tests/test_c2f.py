@@ -17,14 +17,6 @@ from common.data import find_pairs, read_image
 IGNORE = 255
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module")
 def photos(city) -> tuple[torch.Tensor, torch.Tensor]:
     """A source and a target image of the tiny city, in [0, 1]."""

@@ -25,15 +25,6 @@ from common.run import Options, Run
 IGNORE = 255
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """On tensors this small a second thread costs more than it saves, a multiple of it on a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def random(*shape, seed=0, scale=2.0):
     return scale * torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 

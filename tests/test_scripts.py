@@ -51,24 +51,30 @@ def test_end_to_end_and_resumed_in_every_stage(script, city, tmp_path, monkeypat
         assert (whole / f"{stage}.png").exists() and (whole / f"{stage}-losses.png").exists()
 
     # Stop after the second iteration of every stage in turn, start again, and end where the undisturbed run ended.
-    for stage in stages:
-        def report(self, _stage=stage, _report=Run.report, **losses):
+    stopped = tmp_path / f"{script}-gta5-stopped"
+    for k, stage in enumerate(stages):
+        shutil.rmtree(stopped, ignore_errors=True)
+        shutil.copytree(whole, stopped)                          # with the stages before it finished
+        (stopped / "results.json").write_text(json.dumps({name: results[name] for name in stages[:k]}))
+        for name in stages[k:]:
+            (stopped / f"{name}.pt").unlink()
+
+        def report(self, _report=Run.report, **losses):
             _report(self, **losses)
             report.count += 1
-            if report.count == 2 + 3 * stages.index(_stage):
-                self._stop = True                                # what SIGTERM's handler does
+            self._stop = report.count == 2                       # what SIGTERM's handler does
         report.count = 0
         monkeypatch.setattr(Run, "report", report)
-        shutil.rmtree(tmp_path / f"{script}-gta5-stopped", ignore_errors=True)
-        with pytest.raises(SystemExit) as stopped:
+        with pytest.raises(SystemExit) as stop:
             module.main(arguments(script, city, tmp_path, "--tag", "stopped"))
-        assert stopped.value.code == 0
+        assert stop.value.code == 0
         monkeypatch.undo()
-        assert torch.load(tmp_path / f"{script}-gta5-stopped/last.pt", weights_only=True)["stage"] == stage
+        assert torch.load(stopped / "last.pt", weights_only=True)["stage"] == stage
         module.main(arguments(script, city, tmp_path, "--tag", "stopped"))
         for name in stages:
-            again, once = final_state(tmp_path / f"{script}-gta5-stopped", name), final_state(whole, name)
+            again, once = final_state(stopped, name), final_state(whole, name)
             assert all(torch.equal(again[key], once[key]) for key in once), (stage, name)
+        assert json.loads((stopped / "results.json").read_text()) == results
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

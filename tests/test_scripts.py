@@ -149,7 +149,7 @@ def run_main(script: str, *argv: str) -> int:
 
 @pytest.mark.parametrize("script", SCRIPTS)
 @pytest.mark.parametrize(("more", "words"), [
-    (["--crop", "65x32"], "--crop 65x32 is larger than the images (64x32)"),
+    (["--crop", "99x32"], "--crop 99x32 is larger than the images (64x32"),
     (["--stage", "finish"], "--stage finish is unknown"),
     (["--device", "cuda"], "--device cuda is not available"),
     (["--from", "missing.pt"], "there is no checkpoint missing.pt"),

@@ -44,7 +44,7 @@ Departures:
     half of D's loss weighs 0.5. Its category-specific part is not used: the paper says "global feature alignment". D is
     trained by Adam (`lr_discriminator`, `beta1`, `beta2`). Sec. 4.1 gives its layers and the weight 0.01, nothing else.
  5. An epoch is one pass over the target's training images; the paper says 20 epochs, not of what. The source stage's length
-    is not in the paper: `source_epochs`. Source stage and warm-up use SGD as the stages do; the paper gives it for those only.
+    is not in the paper: `source_epochs`. Source stage and warm-up use the stages' SGD; the paper gives it for the stages only.
     Every stage has its own optimizer, and its own iterations as the rate's horizon. `encoder_rate` is 1, one rate for all
     weights; short runs from an ImageNet encoder need less for the encoder than for a decoder that starts at random.
  6. The source stage freezes the batch norms of a pretrained encoder only (`--freeze-bn auto`): those of ASPP and decoder

@@ -74,15 +74,16 @@ from common.data import (
     IMAGENET_STD,
     Augment,
     ClassList,
+    OneVersion,
     SegmentationDataset,
     class_list,
     derive_seed,
-    find_pairs,
     read_image,
+    read_resized,
     save_label,
 )
-from common.deeplab import at_least_float32, build_model, upsample
-from common.run import Options, Run, sum_over_processes
+from common.deeplab import at_least_float32, build_model, resize_label, upsample
+from common.run import Options, Run, check_domains, sum_over_processes
 from common.viz import contact_sheet, denormalise
 
 BINS = 250                                             # of confidences; 0.9 is an edge of a bin
@@ -134,17 +135,21 @@ class Config:
 
 
 TOY = dict(data="data/toycity", init="none", backbone="resnet18", source_size=Size(128, 64), target_size=Size(128, 64),
-           crop=Size(128, 64), batch_size=2, K=2, lr=5e-3, step_lr=2.5e-3, step0_iterations=720, step_iterations=300,
+           crop=Size(128, 64), batch_size=2, K=2, lr=5e-3, step_lr=2.5e-3, step0_iterations=720, step_iterations=240,
            workers=0, amp="bf16", channels_last=True)
 
 _ZERO = "--lambda-pseudo 0 --lambda-triplet 0 --lambda-consist 0"
+_CONTROL = f"--from {{source only}}/step0.pt --alignment none {_ZERO}"
+_C2F = "--from {coarse (GPA)}/step0.pt"
 RESULTS = {                                            # `make results METHOD=c2f`: row -> (stage reported, flags of its run)
     "source only": ("step0", "--stage step0 --alignment none"),
-    "source only, as long": ("step2", f"--from {{source only}}/step0.pt --alignment none {_ZERO}"),
+    "source only, as long as step 1": ("step1", _CONTROL),
+    "source only, as long as step 2": ("step2", _CONTROL),
     "coarse (GPA)": ("step0", "--stage step0"),
-    "GPA only, as long": ("step2", f"--from {{coarse (GPA)}}/step0.pt {_ZERO}"),
-    "step 1": ("step1", "--from {coarse (GPA)}/step0.pt"),
-    "step 2": ("step2", "--from {coarse (GPA)}/step0.pt"),
+    "GPA only, as long as step 1": ("step1", f"{_C2F} {_ZERO}"),
+    "step 1": ("step1", _C2F),
+    "GPA only, as long as step 2": ("step2", f"{_C2F} {_ZERO}"),
+    "step 2": ("step2", _C2F),
     "target only (upper bound)": ("step0", "--stage step0 --target-labels --alignment none"),
 }
 
@@ -445,13 +450,10 @@ class Alignment:
     def __init__(self, cfg: Config, references: list[Path]):
         self.cfg, self.references = cfg, references
 
-    def __call__(self, image: Tensor, seed: int) -> Tensor:
+    def __call__(self, image: Tensor, seed: int, name: str) -> Tensor:
         """(3, H, W) in [0, 1] -> the same, aligned."""
         cfg = self.cfg
-        reference = read_image(self.references[derive_seed(seed, "reference") % len(self.references)])
-        if cfg.target_size is not None:
-            reference = v2.functional.resize(reference, [cfg.target_size.height, cfg.target_size.width], antialias=True)
-        reference = v2.functional.to_dtype(reference, torch.float32, scale=True)
+        reference = read_resized(self.references[derive_seed(seed, "reference") % len(self.references)], cfg.target_size)
         if cfg.alignment == "gpa":
             return photometric_align(image, reference, cfg.beta)
         if cfg.alignment == "gamma":
@@ -459,19 +461,6 @@ class Alignment:
         if cfg.alignment == "histogram":
             return align_by_histogram(image, reference)
         return align_by_frequency(image, reference, cfg.window)
-
-
-class AlignedOnce(Dataset):
-    """Every source image in one aligned version, without augmentation: what Eq. (3) runs over."""
-
-    def __init__(self, source: SegmentationDataset, seed: int):
-        self.source, self.seed = source, seed
-
-    def __len__(self) -> int:
-        return len(self.source)
-
-    def __getitem__(self, k: int) -> tuple:
-        return self.source[k, derive_seed(self.seed, k)]
 
 
 def draw_alignments(path: Path, cfg: Config, source: SegmentationDataset, target: SegmentationDataset) -> None:
@@ -498,11 +487,6 @@ def tau(images: Tensor, strength: float, seeds: list[int]) -> Tensor:
             jittered.append((jitter((image * std + mean).clamp(0, 1)) - mean) / std)
     return torch.stack(jittered).contiguous(memory_format=torch.channels_last if images.is_contiguous(
         memory_format=torch.channels_last) else torch.contiguous_format)
-
-
-def resize_label(label: Tensor, size: tuple[int, int]) -> Tensor:
-    """Bring (N, H, W) int64 labels to another size (h, w) by the nearest pixel centre."""
-    return F.interpolate(label[:, None].float(), tuple(size), mode="nearest-exact")[:, 0].long()
 
 
 def first_valid_bin(thresholds: Tensor) -> Tensor:
@@ -637,19 +621,9 @@ def align_files(cfg: Config) -> None:
 
 def check(cfg: Config, options: Options) -> None:
     """Refuse what cannot be meant, before anything is loaded."""
-    if cfg.source == cfg.target:
-        raise UserError(f"--source and --target are both {cfg.source}; add --target crosscity --city {cfg.city}")
-    if cfg.target == "crosscity" and options.target_labels:
-        raise UserError("Cross-City's training images have no labels: --target-labels is for --target cityscapes")
     if len(cfg.scale) != 2 or cfg.scale[0] > cfg.scale[1]:
         raise UserError(f"--scale {' '.join(map(str, cfg.scale))} is no range: give the smallest and the largest factor")
-    if options.target_labels and options.stage != "step0":
-        raise UserError("--target-labels trains an upper bound, nothing is adapted from it: add --stage step0")
-    for size in filter(None, (cfg.source_size, cfg.target_size)):
-        largest = Size(*(round(cfg.scale[1] * side) for side in size))
-        if not options.eval and (cfg.crop.width > largest.width or cfg.crop.height > largest.height):
-            raise UserError(f"--crop {cfg.crop} is larger than the images ({size}, at most {largest} after --scale); choose a "
-                            "smaller crop or larger images")
+    check_domains(cfg, options, "step0", [cfg.source_size, cfg.target_size], cfg.scale[1])
 
 
 @command
@@ -664,30 +638,26 @@ def main(argv: list[str] | None = None) -> None:
         toycity.ensure(options.data)
     run = Run("c2f", cfg, options, ("step0", *(f"step{i}" for i in range(1, cfg.K + 1))))
     classes = class_list(cfg.source, cfg.target)
-
-    def images(domain: str, split: str, labels: bool = True, augment: Augment = Augment(), alter=None):  # noqa: B008
-        size = cfg.source_size if domain == cfg.source else cfg.target_size
-        translated = options.source_images if domain == cfg.source else None
-        pairs = find_pairs(options.data, domain, split, city=cfg.city, labels=labels, images=translated)
-        return SegmentationDataset(pairs, domain, classes, size, augment, alter=alter)
+    sizes = {cfg.source: cfg.source_size, cfg.target: cfg.target_size}
 
     def network() -> nn.Module:
         run.seed("model")
         init = "none" if options.eval and options.from_ else options.init
         return run.place(build_model("v3+", cfg.backbone, len(classes), init, cfg.freeze_bn, options.partial_init))
 
-    test, tests = images(cfg.target, "val"), {"single-scale": {}}
+    test, tests = run.images(cfg.target, "val", classes, sizes), {"single-scale": {}}
     if options.eval:
         model = network()
         run.evaluate(run.load_latest(model), model, test, classes, tests)
         return
 
     moved = Augment(scale=(cfg.scale[0], cfg.scale[1]), crop=cfg.crop)
-    target = images(cfg.target, "train", labels=False, augment=moved)
+    target = run.images(cfg.target, "train", classes, sizes, labels=False, augment=moved)
     alter = None if cfg.alignment == "none" or options.target_labels else Alignment(cfg, [pair.image for pair in target.pairs])
     labelled_domain = cfg.target if options.target_labels else cfg.source
-    source = images(labelled_domain, "train", augment=replace(moved, jitter=cfg.jitter), alter=alter)
-    aligned = AlignedOnce(images(labelled_domain, "train", alter=alter), derive_seed(options.seed, "centres"))
+    source = run.images(labelled_domain, "train", classes, sizes, augment=replace(moved, jitter=cfg.jitter), alter=alter)
+    whole = run.images(labelled_domain, "train", classes, sizes, alter=alter)
+    aligned = OneVersion(whole, derive_seed(options.seed, "centres"))
 
     if alter is not None and run.trains("step0") and not run.begun("step0"):
         draw_alignments(run.folder / "alignment.png", cfg, source, target)

@@ -74,10 +74,10 @@ from torch import Tensor, nn
 
 from common import toycity
 from common.cli import Size, UserError, command, option, parse, write_atomically
-from common.data import IGNORE, Augment, ClassList, SegmentationDataset, class_list, find_pairs, save_label
-from common.deeplab import at_least_float32, build_model, upsample
+from common.data import IGNORE, Augment, ClassList, SegmentationDataset, class_list, save_label
+from common.deeplab import at_least_float32, build_model, resize_label, upsample
 from common.metrics import LOG_BINS, log_histogram, log_quantiles
-from common.run import Options, Run, sum_over_processes
+from common.run import Options, Run, check_domains, sum_over_processes
 from common.viz import colorize, contact_sheet, denormalise
 
 TERMS = ("ce_t", "ce_tP", "dis_s", "dis_t", "dis_tP")
@@ -307,11 +307,6 @@ class Discriminator(nn.Module):
         return at_least_float32(self.layers(feat))
 
 
-def resize_label(label: Tensor, size: tuple[int, int]) -> Tensor:
-    """Bring (N, H, W) int64 labels to another size (h, w) by the nearest pixel centre."""
-    return F.interpolate(label[:, None].float(), tuple(size), mode="nearest-exact")[:, 0].long()
-
-
 # -------------------------------------------------------------------------- anchors and labels of a stage
 
 
@@ -520,19 +515,9 @@ def train_stage(run: Run, cfg: Config, k: int, model: nn.Module, anchors: Tensor
 
 def check(cfg: Config, options: Options) -> None:
     """Refuse what cannot be meant, before anything is loaded."""
-    if cfg.source == cfg.target:
-        raise UserError(f"--source and --target are both {cfg.source}; add --target crosscity --city {cfg.city}")
-    if cfg.target == "crosscity" and options.target_labels:
-        raise UserError("Cross-City's training images have no labels: --target-labels is for --target cityscapes")
     if len(cfg.scale) != 2 or cfg.scale[0] > cfg.scale[1]:
         raise UserError(f"--scale {' '.join(map(str, cfg.scale))} is no range: give the smallest and the largest factor")
-    if options.target_labels and options.stage != "source":
-        raise UserError("--target-labels trains an upper bound, nothing is adapted from it: add --stage source")
-    for size in filter(None, (cfg.source_size, cfg.target_size)):
-        largest = Size(*(round(cfg.scale[1] * side) for side in size))
-        if not options.eval and (cfg.crop.width > largest.width or cfg.crop.height > largest.height):
-            raise UserError(f"--crop {cfg.crop} is larger than the images ({size}, at most {largest} after --scale); choose a "
-                            "smaller crop or larger images")
+    check_domains(cfg, options, "source", [cfg.source_size, cfg.target_size], cfg.scale[1])
 
 
 @command
@@ -544,27 +529,22 @@ def main(argv: list[str] | None = None) -> None:
         toycity.ensure(options.data)
     run = Run("cag", cfg, options, stage_names(cfg))
     classes = class_list(cfg.source, cfg.target)
-
-    def images(domain: str, split: str, labels: bool = True, augment: Augment = Augment()) -> SegmentationDataset:  # noqa: B008
-        size = cfg.source_size if domain == cfg.source else cfg.target_size
-        translated = options.source_images if domain == cfg.source else None
-        pairs = find_pairs(options.data, domain, split, city=cfg.city, labels=labels, images=translated)
-        return SegmentationDataset(pairs, domain, classes, size, augment)
+    sizes = {cfg.source: cfg.source_size, cfg.target: cfg.target_size}
 
     def network() -> nn.Module:
         run.seed("model")
         init = "none" if options.eval and options.from_ else options.init
         return run.place(build_model("v3+", cfg.backbone, len(classes), init, cfg.freeze_bn, options.partial_init))
 
-    test, tests = images(cfg.target, "val"), {"single-scale": {}}
+    test, tests = run.images(cfg.target, "val", classes, sizes), {"single-scale": {}}
     if options.eval:
         model = network()
         run.evaluate(run.load_latest(model), model, test, classes, tests)
         return
 
     augment = Augment(scale=(cfg.scale[0], cfg.scale[1]), crop=cfg.crop)
-    source = images(cfg.target if options.target_labels else cfg.source, "train", augment=augment)
-    target = images(cfg.target, "train", labels=False, augment=augment)
+    source = run.images(cfg.target if options.target_labels else cfg.source, "train", classes, sizes, augment=augment)
+    target = run.images(cfg.target, "train", classes, sizes, labels=False, augment=augment)
 
     def iterations(epochs: float) -> int:
         return max(1, round(epochs * len(target) / cfg.batch_size))

@@ -62,9 +62,9 @@ from torch import Tensor, nn
 
 from common import toycity
 from common.cli import Size, UserError, command, option, parse
-from common.data import IGNORE, Augment, SegmentationDataset, class_list, find_pairs, save_label
+from common.data import IGNORE, Augment, SegmentationDataset, class_list, save_label
 from common.deeplab import at_least_float32, build_model, upsample
-from common.run import Options, Run
+from common.run import Options, Run, check_domains
 
 STAGES = ("source", "adversarial", "distill")
 SIZES = {"gta5": Size(1280, 720), "synthia": Size(1280, 760), "cityscapes": Size(1024, 512), "crosscity": Size(1024, 512)}
@@ -385,15 +385,11 @@ def report_class_center_distance(run: Run, cfg: Config, model: nn.Module, domain
 
 def check(cfg: Config, options: Options) -> None:
     """Refuse what cannot be meant, before anything is loaded."""
-    if cfg.source == cfg.target:
-        raise UserError(f"--source and --target are both {cfg.source}; add --target crosscity --city {cfg.city}")
+    check_domains(cfg, options, "source", [cfg.source_size or SIZES[cfg.source], cfg.target_size or SIZES[cfg.target]])
     if cfg.batch_size % 2:
         raise UserError(f"--batch-size {cfg.batch_size} is odd, and half of a batch comes from each domain; use an even number")
-    if cfg.target == "crosscity" and (options.target_labels or cfg.ccd):
-        raise UserError("Cross-City's training images have no labels: --target-labels and --ccd are for --target cityscapes")
-    for size in (cfg.source_size or SIZES[cfg.source], cfg.target_size or SIZES[cfg.target]):
-        if cfg.crop and (cfg.crop.width > size.width or cfg.crop.height > size.height):
-            raise UserError(f"--crop {cfg.crop} is larger than the images ({size}); choose a smaller crop or larger images")
+    if cfg.target == "crosscity" and cfg.ccd:
+        raise UserError("Cross-City's training images have no labels: --ccd is for --target cityscapes")
 
 
 @command
@@ -405,20 +401,15 @@ def main(argv: list[str] | None = None) -> None:
         toycity.ensure(options.data)
     run = Run("fada", cfg, options, STAGES if cfg.distill else STAGES[:2])
     classes = class_list(cfg.source, cfg.target)
-
-    def images(domain: str, split: str, labels: bool = True, augment: Augment = Augment()) -> SegmentationDataset:  # noqa: B008
-        size = (cfg.source_size if domain == cfg.source else cfg.target_size) or SIZES[domain]
-        translated = options.source_images if domain == cfg.source else None
-        pairs = find_pairs(options.data, domain, split, city=cfg.city, labels=labels, images=translated)
-        return SegmentationDataset(pairs, domain, classes, size, augment)
+    sizes = {cfg.source: cfg.source_size or SIZES[cfg.source], cfg.target: cfg.target_size or SIZES[cfg.target]}
 
     def network() -> nn.Module:
         run.seed("model")
         init = "none" if options.eval and options.from_ else options.init
         return run.place(build_model("v2", cfg.backbone, len(classes), init, cfg.freeze_bn, options.partial_init))
 
-    test = images(cfg.target, "val")
-    analysed = {domain: images(domain, "train") for domain in (cfg.source, cfg.target)} if cfg.ccd else {}
+    test = run.images(cfg.target, "val", classes, sizes)
+    analysed = {domain: run.images(domain, "train", classes, sizes) for domain in (cfg.source, cfg.target)} if cfg.ccd else {}
     single = {"single-scale": {}}
     both = {**single, "multi-scale + flip": {"scales": cfg.test_scales, "flip": True}}
     if options.eval:
@@ -426,8 +417,8 @@ def main(argv: list[str] | None = None) -> None:
         run.evaluate(run.load_latest(model), model, test, classes, both)
     else:
         augment = Augment(flip=True, jitter=cfg.jitter, crop=cfg.crop)
-        source = images(cfg.target if options.target_labels else cfg.source, "train", augment=augment)
-        target = images(cfg.target, "train", labels=False, augment=augment)
+        source = run.images(cfg.target if options.target_labels else cfg.source, "train", classes, sizes, augment=augment)
+        target = run.images(cfg.target, "train", classes, sizes, labels=False, augment=augment)
         model = network()
         run.start_from(model)
         run.watch(model, test, classes)

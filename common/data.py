@@ -332,7 +332,7 @@ class SegmentationDataset(Dataset):
 
     def __init__(self, pairs: Sequence[Pair], dataset: str, classes: ClassList, size: Size | None,
                  augment: Augment = Augment(), maps: Sequence[str | Path] = (),  # noqa: B008 (frozen)
-                 alter: Callable[[Tensor, int], Tensor] | None = None):
+                 alter: Callable[[Tensor, int, str], Tensor] | None = None):
         """
         Args:
             pairs: what `find_pairs` returned.
@@ -340,7 +340,7 @@ class SegmentationDataset(Dataset):
             classes: the class list whose indices the labels get.
             size: images are resized to it (antialiased), training labels and maps too (nearest); None: own size.
             maps: folders with one 8-bit one-channel PNG `<folder>/<name>.png` per image, of any size.
-            alter: called with (image float32 (3,H,W) in [0,1], seed) after the resize of a training item, before its
+            alter: called with (image float32 (3,H,W) in [0,1], seed, name) after the resize of a training item, before its
                 augmentation; returns an image of the same kind.
         """
         self.pairs, self.dataset, self.classes, self.size, self.alter = list(pairs), dataset, classes, size, alter
@@ -387,7 +387,7 @@ class SegmentationDataset(Dataset):
         if seed is None:
             image = v2.functional.to_dtype(image, torch.float32, scale=True)
         else:
-            image, (label, *maps) = self._augment(image, torch.stack([_nearest(label, shape), *maps]), seed)
+            image, (label, *maps) = self._augment(image, torch.stack([_nearest(label, shape), *maps]), seed, pair.name)
         image = v2.functional.normalize(image, IMAGENET_MEAN, IMAGENET_STD)
         return image, label.long(), pair.name, *(m.long() for m in maps)
 
@@ -401,10 +401,10 @@ class SegmentationDataset(Dataset):
         warnings.warn(f"{message}: the label is resized", stacklevel=2)
         return _nearest(label, shape)
 
-    def _augment(self, image: Tensor, masks: Tensor, seed: int) -> tuple[Tensor, Tensor]:
+    def _augment(self, image: Tensor, masks: Tensor, seed: int, name: str) -> tuple[Tensor, Tensor]:
         """image uint8 (3,H,W) -> float32 in [0,1], masks (M,H,W) moved with it."""
         if self.alter is not None:
-            image = self.alter(v2.functional.to_dtype(image, torch.float32, scale=True), seed)
+            image = self.alter(v2.functional.to_dtype(image, torch.float32, scale=True), seed, name)
         with torch.random.fork_rng(devices=[]):
             # torch.manual_seed would seed the accelerator too, which this fork_rng would not put back.
             torch.default_generator.manual_seed(derive_seed(seed, "augment"))
@@ -429,6 +429,27 @@ def _nearest(label: Tensor, shape: Sequence[int]) -> Tensor:
 def derive_seed(*parts: object) -> int:
     """A seed in [0, 2**63) that depends on all parts (plain numbers and strings) and is the same in every process."""
     return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest(), "little") >> 1
+
+
+def read_resized(path: Path, size: Size | None) -> Tensor:
+    """An image file as float32 (3,H,W) in [0,1], resized (antialiased) to `size`; None keeps its own."""
+    image = read_image(path)
+    if size is not None:
+        image = v2.functional.resize(image, [size.height, size.width], antialias=True)
+    return v2.functional.to_dtype(image, torch.float32, scale=True)
+
+
+class OneVersion(Dataset):
+    """A data set of training items in one version for a sweep: item k is dataset[k, seed of k]."""
+
+    def __init__(self, dataset: SegmentationDataset, seed: int):
+        self.dataset, self.seed = dataset, seed
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, k: int) -> tuple:
+        return self.dataset[k, derive_seed(self.seed, k)]
 
 
 class IterationSampler(Sampler):

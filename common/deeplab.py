@@ -37,6 +37,11 @@ def upsample(logits: Tensor, size: tuple[int, int]) -> Tensor:
     return F.interpolate(logits, size=tuple(size), mode="bilinear", align_corners=True)
 
 
+def resize_label(label: Tensor, size: tuple[int, int]) -> Tensor:
+    """Bring (N, H, W) int64 labels to another size (h, w) by the nearest pixel centre."""
+    return F.interpolate(label[:, None].float(), tuple(size), mode="nearest-exact")[:, 0].long()
+
+
 def at_least_float32(x: Tensor) -> Tensor:
     """What a network returns under bfloat16 autocast, as float32: losses and argmax are computed in it."""
     return x.to(torch.promote_types(x.dtype, torch.float32))

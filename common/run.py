@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from common import data, metrics, viz
-from common.cli import UserError, flag, option, to_json, write_atomically
+from common.cli import Size, UserError, flag, option, to_json, write_atomically
 
 
 @dataclass
@@ -182,7 +182,17 @@ class Run:
                 clock.live(f"{what}: image {k + 1} of {len(loader)}", k + 1)
         clock.print()
 
-    # ------------------------------------------------------- models, precision, seeds
+    # ------------------------------------------------- images, models, precision, seeds
+
+    def images(self, domain: str, split: str, classes: data.ClassList, sizes: dict, labels: bool = True,
+               augment: data.Augment = data.Augment(), alter=None) -> data.SegmentationDataset:  # noqa: B008 (frozen)
+        """A domain's images with --data, --city and, for the source, --source-images; raises DataError for a wrong layout.
+
+        Args: sizes: domain -> Size, or None for the images' own; the others as `data.find_pairs` and `SegmentationDataset`.
+        """
+        translated = self.options.source_images if domain == self.cfg.source else None
+        pairs = data.find_pairs(self.options.data, domain, split, city=self.cfg.city, labels=labels, images=translated)
+        return data.SegmentationDataset(pairs, domain, classes, sizes[domain], augment, alter=alter)
 
     def seed(self, *names) -> None:
         """Seed every random state from (--seed, names): what follows does not depend on what ran before."""
@@ -462,6 +472,26 @@ def run_folder(method: str, cfg, options: Options) -> Path:
     parts = [method, cfg.source, cfg.city.lower() if getattr(cfg, "target", "") == "crosscity" else "",
              options.tag or ("toy" if options.toy else "")]
     return Path(options.runs, "-".join(filter(None, parts)))
+
+
+def check_domains(cfg, options: Options, first_stage: str, sizes: list, largest_scale: float = 1.0) -> None:
+    """Refuse domains, an upper bound and a crop that cannot be meant.
+
+    Args: first_stage: the one that --target-labels is for; sizes: of the source's and target's images, None for their own;
+        largest_scale: of the random resize.
+    """
+    if cfg.source == cfg.target:
+        raise UserError(f"--source and --target are both {cfg.source}; add --target crosscity --city {cfg.city}")
+    if cfg.target == "crosscity" and options.target_labels:
+        raise UserError("Cross-City's training images have no labels: --target-labels is for --target cityscapes")
+    if options.target_labels and options.stage != first_stage:
+        raise UserError(f"--target-labels trains an upper bound, nothing is adapted from it: add --stage {first_stage}")
+    for width, height in filter(None, sizes):
+        largest = Size(round(largest_scale * width), round(largest_scale * height))
+        if cfg.crop and not options.eval and (cfg.crop.width > largest.width or cfg.crop.height > largest.height):
+            scaled = "" if largest_scale == 1 else f", at most {largest} after --scale"
+            raise UserError(f"--crop {cfg.crop} is larger than the images ({Size(width, height)}{scaled}); choose a smaller "
+                            "crop or larger images")
 
 
 class Clock:

@@ -308,7 +308,7 @@ def test_a_step_starts_with_the_model_before_it(city, tmp_path):
     alter = c2f.Alignment(cfg, [pair.image for pair in targets])
     source = c2f.SegmentationDataset(find_pairs(city, "gta5"), "gta5", classes, cfg.source_size, alter=alter)
     total, count = 0, 0
-    for image, label, _ in (c2f.AlignedOnce(source, c2f.derive_seed(0, "centres"))[k] for k in range(len(source))):
+    for image, label, _ in (c2f.OneVersion(source, c2f.derive_seed(0, "centres"))[k] for k in range(len(source))):
         with torch.no_grad():
             feat = model(image[None])[0]
         part = c2f.class_sums(feat, c2f.resize_label(label[None], feat.shape[-2:]), 19)

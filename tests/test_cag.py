@@ -19,7 +19,8 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import cag
-from cag import SegmentationDataset, Size, class_list, find_pairs
+from cag import SegmentationDataset, Size, class_list
+from common.data import find_pairs
 from common.run import Options, Run
 
 IGNORE = 255

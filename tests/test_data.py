@@ -306,7 +306,7 @@ def test_jitter_and_alter_change_the_image_only(tmp_path):
     gta5(tmp_path, 1)
     plain, seen = dataset_of(tmp_path)[0, 3], []
 
-    def alter(image, seed):
+    def alter(image, seed, name):
         seen.append((image.dtype, tuple(image.shape), 0 <= image.min() <= image.max() <= 1, seed))
         return 1 - image
 

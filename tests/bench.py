@@ -7,6 +7,8 @@ and clock fall on both. Rows: python tests/bench.py [part of a row's name ...]
 from __future__ import annotations
 
 import contextlib
+import multiprocessing
+import resource
 import statistics
 import sys
 import tempfile
@@ -23,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import c2f
 import cag
 import fada
+import sim
 from common import data, metrics
 from common.cli import Size
 from common.deeplab import build_model
@@ -88,6 +91,43 @@ class PassRun:
 
     def sweep(self, what, dataset, shared):
         yield from self.images
+
+    def prepare(self, name):
+        pass
+
+    def log(self, **record):
+        pass
+
+
+class RandomImages:
+    """Images and labels of 256x128 that are made when they are asked for, as often as they are."""
+
+    def __init__(self, count: int):
+        self.count = count
+
+    def __iter__(self):
+        for k in range(self.count):
+            yield torch.randn(1, 3, 128, 256), torch.randint(0, 19, (1, 128, 256)), (f"{k}",)
+
+
+def peak_memory(pass_: str, count: int) -> int:
+    """Kilobytes that a process needs at most which does nothing but one offline pass over `count` images."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(_peak_memory, (pass_, count))
+
+
+@torch.no_grad()
+def _peak_memory(pass_: str, count: int) -> int:
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    run, classes = PassRun(RandomImages(count)), data.class_list("gta5")
+    model = build_model("v2" if pass_ == "sim" else "v3+", "resnet18", 19, "none", "all").eval()
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(None):
+        if pass_ == "c2f":
+            c2f.category_thresholds(c2f.label_target(run, model, None, Path(folder), 19))
+        else:
+            sim.write_pseudo_labels(run, sim.Config(), model, None, Path(folder), classes)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def network_step(network: str, images: list[torch.Tensor], freeze_bn: str = "encoder"):
@@ -165,6 +205,53 @@ def c2f_step() -> None:
     c2f.train_step(run, c2f.Config(step_lr=1e-6), 1, model, centers, torch.zeros(19), None, None)
     row("C2F: a step's iteration / bare step (ResNet-101, 1 + 1 + 1 images of 512x256)", "at most 1.10",
         [a / b for a, b in run.pairs], f"bare {statistics.median(b for _, b in run.pairs):.2f} s")
+
+
+def threshold_memory(pass_: str) -> None:
+    few, many = (peak_memory(pass_, count) for count in (100, 1000))
+    row(f"{pass_.upper()}: peak memory of the threshold pass, 1,000 images / 100 images", "1", [many / few],
+        f"{many / 1024:.0f} MiB against {few / 1024:.0f} MiB")
+
+
+def sim_step() -> None:
+    x_s, x_t = torch.randn(2, 1, 3, 256, 512).unbind()
+    y_s = torch.randint(0, 19, (1, 16, 32)).repeat_interleave(16, 1).repeat_interleave(16, 2)
+    model, bare = network_step("v2", [x_s, x_t])
+    run, cfg = StepRun(bare, ((x_s, y_s), (x_t, y_s)), iterations=5), sim.Config(lr=1e-6)
+    sim.train_step(run, cfg, 1, model, *sim.make_banks(run, cfg, data.class_list("gta5"), model.feat_channels), None, None)
+    row("SIM: step 1's iteration / bare step (ResNet-101, 1 + 1 images of 512x256; D included)", "at most 1.25",
+        [a / b for a, b in run.pairs], f"bare {statistics.median(b for _, b in run.pairs):.2f} s")
+
+
+def sim_matching() -> None:
+    """The grid of a 1024x512 image: 8 stuff classes, 60 regions of thing classes, full banks."""
+    torch.manual_seed(0)
+    feat = torch.randn(1, 2048, 65, 129, requires_grad=True)
+    run, cfg, classes = PassRun([]), sim.Config(), data.class_list("gta5")
+    stuff, things = sim.make_banks(run, cfg, classes, 2048)
+    label_map = torch.tensor(stuff.classes)[torch.arange(65) * 8 // 65][:, None].repeat(1, 129)[None]
+    for r in range(60):
+        y, x = 2 + r // 12 * 12, 2 + r % 12 * 10
+        label_map[0, y:y + 5, x:x + 4] = things.classes[r % 6]
+    for bank in (stuff, things):
+        bank.features.normal_()
+        bank.written.fill_(bank.slots)
+
+    def ours():
+        (sim.stuff_loss(feat, label_map, stuff) + sim.instance_loss(feat, label_map, things)).backward()
+
+    def plain():
+        loss = 0
+        for k in label_map.unique().tolist():
+            mask = label_map[0] == k
+            regions, bank = ([mask], stuff) if k in stuff.classes else (sim.connected_regions(label_map[0], k), things)
+            part = [((feat[0] * r).sum(dim=(1, 2)) / r.sum() - bank.samples(k)).abs().mean(dim=1).min() for r in regions]
+            loss = loss + sum(part) / len(part)
+        loss.backward()
+
+    ratios, loop, one_pass = interleaved(plain, ours, 5)
+    row("SIM: seconds of a loop over the masks / the matching losses (1024x512 image, 60 regions, with backward pass)",
+        "at least 5", ratios, f"{loop:.2f} s against {one_pass:.3f} s")
 
 
 def c2f_alignment() -> None:
@@ -248,7 +335,9 @@ def evaluation() -> None:
 
 
 BENCHES = {"fada": fada_step, "cag step": cag_step, "cag distances": cag_distances, "cag passes": cag_passes,
-           "c2f step": c2f_step, "c2f alignment": c2f_alignment, "loader": loader, "evaluation": evaluation}
+           "c2f step": c2f_step, "c2f alignment": c2f_alignment, "c2f memory": lambda: threshold_memory("c2f"),
+           "sim step": sim_step, "sim matching": sim_matching, "sim memory": lambda: threshold_memory("sim"),
+           "loader": loader, "evaluation": evaluation}
 
 if __name__ == "__main__":
     torch.set_num_threads(min(2, torch.get_num_threads()))

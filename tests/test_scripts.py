@@ -22,11 +22,13 @@ SCRIPTS = {
     "c2f": "--step0-iterations 3 --step-iterations 3 --K 2 --crop 64x32 --batch-size 1",
     "cag": "--source-epochs 0.375 --warmup-epochs 0.375 --stage-epochs 0.375 --K 2 --crop 64x32 --margin 0.05",
     "fada": "--source-iterations 3 --adversarial-iterations 3 --distill-iterations 3 --batch-size 2",
+    "sim": "--iterations 3",
 }
 STAGES = {                                             # of three iterations each
     "c2f": ["step0", "step1", "step2"],
     "cag": ["source", "warmup", "stage1", "stage2"],
     "fada": ["source", "adversarial", "distill"],
+    "sim": ["step1", "step2"],
 }
 
 

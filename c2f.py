@@ -32,7 +32,8 @@ Stages: step0 -> step1 .. stepK.
     python c2f.py --source gta5 --eval                       only evaluate what the run has reached
 
 Departures:
- 1. Sums over pixels are means over the labelled pixels; Eq. (4) is divided by them, not by the number of images.
+ 1. Sums over pixels are means over the labelled pixels, of each domain on its own; Eq. (4) is divided by them, not by the
+    number of images.
  2. Eqs. (1) and (2) print "sum_L L p(L^gamma)" and are read as the mean of L^gamma over the source image; "beta in (5)" of
     Sec. 4.1 is that of Eq. (2). The problem is not convex for every histogram, so gamma is searched on a grid over
     [0.05, 6] and then refined; both means come from histograms of 1,024 levels.
@@ -40,17 +41,21 @@ Departures:
     Distances of unit vectors are not squared, as printed. A class without a source pixel has no centre: it is no negative,
     and its pixels are not in the loss.
  4. P_s,c and t_c come from a histogram of confidences over 250 bins: t_c is the lower edge of a bin, and the confidence that
-    a pixel keeps beside its pseudo label is the index of its bin. A class that is never predicted gets P_h.
+    a pixel keeps beside its pseudo label is the index of its bin; P_h counts as the next edge above it. A class that is never
+    predicted gets P_h. Valid is ">= t_c", as Eq. (5) prints; Sec. 3.1 says "higher than".
  5. Pseudo labels are made at image size, once a step, on the clean target images at `target_size`; L_seg takes them on the
     clean image, L_consist on the jittered one, both weigh 1. Eq. (3)'s features are those of one aligned version of each
     source image, with ground truth brought to the feature grid by the nearest pixel.
  6. tau's strength (`jitter`), image sizes and the crop are not in the paper; resize and crop are CAG's, whose settings it
     follows. Batch norm of pretrained encoders is frozen in step 0 (`--freeze-bn`), and all of it afterwards
-    (`--adapt-freeze-bn`), as in CAG.
+    (`--adapt-freeze-bn`), as in CAG. There is no dropout. Each step has its own optimizer and rate horizon.
  7. Step 0's length is not printed: 140k in all and K = 6 steps of U = 20k leave 20k.
  8. Table 4's other alignments: gamma on all three channels has a and b scaled from [-128, 128] to [0, 1]; frequency
     alignment [33] swaps the amplitudes of the lowest frequencies, a window of `window` of the shorter side to each side of
     zero, on RGB.
+ 9. A source image meets another random target image each time it is drawn; Sec. 3.1 can be read as one aligned M' for all.
+10. Matching is exact and knows no smallest difference: the a and b of a grey image differ by rounding alone, and take the
+    reference's colours all the same.
 """
 
 from __future__ import annotations
@@ -201,7 +206,8 @@ def match_histogram(source: Tensor, reference: Tensor, bins: int | None = None) 
 
     Args:
         source, reference: (H, W) and (H', W') float, any sizes.
-        bins: None for the exact match; else values of each are first rounded to this many steps of its own range.
+        bins: None for the exact match; else values of each are first rounded to this many steps of its own range. Then a
+            pixel may be off by the gap between two neighbouring values of the reference, which in its tails is large.
     Returns: (H, W).
     """
     if bins:
@@ -243,7 +249,7 @@ def solve_gamma(lightness: Tensor, reference_lightness: Tensor, beta: float = 0.
         lightness, reference_lightness: float in [0, 1], of any shapes.
         beta: >= 0.
         count, reference_count: how often each value occurs, of the same shapes; None: once.
-    Returns: gamma in [0.05, 6], to 1e-4; exactly 1 for images of one histogram.
+    Returns: gamma in [0.05, 6], the optimum for histograms of 1,024 levels to 1e-4; exactly 1 for images of one histogram.
     """
     L = torch.linspace(0, 1, 1024, dtype=torch.float64)
     p_s, p_t = (histogram(x, n, len(L)) for x, n in ((lightness, count), (reference_lightness, reference_count)))
@@ -251,7 +257,9 @@ def solve_gamma(lightness: Tensor, reference_lightness: Tensor, beta: float = 0.
 
     def best(gammas: Tensor) -> int:
         mean = (L ** gammas[:, None] * p_s).sum(dim=1)                                        # sum_L L^gamma p_s(L)
-        return int(((mean - wanted) ** 2 + beta * (gammas - 1) ** 2).argmin())
+        cost = (mean - wanted) ** 2 + beta * (gammas - 1) ** 2
+        ties = (cost == cost.min()).nonzero()[:, 0]
+        return int(ties[(gammas[ties] - 1).abs().argmin()])
 
     low, high = GAMMA_RANGE
     gammas = torch.cat([torch.linspace(low, 1, 40), torch.linspace(1, high, 101)[1:]]).double()
@@ -265,7 +273,7 @@ def solve_gamma(lightness: Tensor, reference_lightness: Tensor, beta: float = 0.
 
 def histogram(x: Tensor, count: Tensor | None, levels: int) -> Tensor:
     """(levels,) float64 shares of the values of x, rounded to equally spaced levels of [0, 1], each weighed by its count."""
-    index = (x.clamp(0, 1) * (levels - 1)).round().long().flatten()
+    index = (x.clamp(0, 1).float() * (levels - 1)).round().long().flatten()
     total = index.bincount(None if count is None else count.flatten().double(), minlength=levels).double().cpu()
     return total / total.sum()
 
@@ -306,7 +314,7 @@ def photometric_align(source: Tensor, reference: Tensor, beta: float = 0.01) -> 
         source: (3, H, W) RGB in [0, 1].
         reference: (3, H', W') RGB in [0, 1], of any size.
         beta: weight in Eq. (2).
-    Returns: (3, H, W) in [0, 1].
+    Returns: (3, H, W) in [0, 1], matched exactly, at the cost of the images' distinct colours. Call it outside autocast.
     """
     def move(lab, n, lab_n, n_n):
         gamma = solve_gamma(lab[0] / 100, lab_n[0] / 100, beta, n, n_n)
@@ -659,10 +667,10 @@ def main(argv: list[str] | None = None) -> None:
     whole = run.images(labelled_domain, "train", classes, sizes, alter=alter)
     aligned = OneVersion(whole, derive_seed(options.seed, "centres"))
 
+    model = network()
     if alter is not None and run.trains("step0") and not run.begun("step0"):
         draw_alignments(run.folder / "alignment.png", cfg, source, target)
         print(f"pictures: {run.folder / 'alignment.png'}", flush=True)
-    model = network()
     run.start_from(model)
     run.watch(model, test, classes)
     # An upper bound has to be trained as long as what it bounds.
@@ -677,6 +685,8 @@ def main(argv: list[str] | None = None) -> None:
         if run.trains(f"step{i}"):
             if not run.begun(f"step{i}"):
                 prepare_step(run, cfg, i, model, aligned, target, classes)
+            if not (folder / "state.pt").exists():
+                raise UserError(f"{folder / 'state.pt'} is gone; delete {run.folder / 'last.pt'} too to start this step again")
             kept = torch.load(folder / "state.pt", map_location=run.device, weights_only=True)
             centers, thresholds = kept["centers"], kept["thresholds"]
             labelled = target.with_maps(folder / "labels", folder / "confidences")

@@ -46,8 +46,9 @@ Departures:
  5. At most z regions of a class and target image are matched, the largest ones, as Sec. 6.2 says in words; regions are
     8-connected (the paper does not say), of two equally large ones the first in reading order comes first.
  6. A place of a bank that was never written is never matched; a class without kept features, or that an image does not
-    have, contributes nothing.
- 7. y^k is the lower edge of the bin, of 1,000, with the median confidence; a class that is never predicted has 0.9.
+    have, contributes nothing. In an iteration source features are kept first, then target features are matched.
+ 7. y^k is the lower edge of the bin, of 1,000, with the median confidence, the lower one of two; a class that is never
+    predicted has 0.9. Eq. (9) is read as Sec. 6.2 says it: the predicted class, where its own confidence is above y^k.
  8. lambda_adv is Sec. 5.1's 0.001; Sec. 6.2 prints 0.01.
  9. 200,000 iterations a step and batches of one image of each domain are not in the paper; nor is a crop (`--crop`). Images
     are not flipped or jittered: the paper names no augmentation.
@@ -319,7 +320,7 @@ def stuff_loss(feat: Tensor, label_map: Tensor, bank: FeatureBank) -> Tensor:
     Args: feat (N, D, h, w); label_map (N, h, w) int64, predicted, 255 ignored; bank of the stuff classes.
     Returns: 0-d, sum over the classes that occur and have kept features, mean over the N images.
     """
-    loss = at_least_float32(feat).new_zeros(())
+    loss = at_least_float32(feat[..., :0]).sum()                                  # 0, with a gradient of 0
     for f, labels in zip(feat, label_map):
         for b, mean in stuff_features(f, labels, bank.classes).items():
             if len(bank.samples(b)):
@@ -336,7 +337,7 @@ def instance_loss(feat: Tensor, label_map: Tensor, bank: FeatureBank, limit: int
         class and image.
     Returns: 0-d, mean over a class's regions, summed over the classes with kept features, mean over the N images.
     """
-    loss = at_least_float32(feat).new_zeros(())
+    loss = at_least_float32(feat[..., :0]).sum()                                  # 0, with a gradient of 0
     for f, labels in zip(feat, label_map):
         for k, means in instance_features(f, labels, bank.classes, limit).items():
             if len(bank.samples(k)):

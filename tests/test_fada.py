@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 import fada
+from common.data import find_pairs
 
 IGNORE = 255
 
@@ -513,7 +514,7 @@ def test_ablations_share_a_source_model_and_the_student_learns_the_argmax(city, 
     model = fada.build_model("v2", "resnet18", 19, "none")
     model.load_state_dict(torch.load(tmp_path / "fada-gta5-distilled/adversarial.pt", weights_only=True)["state"]["model"])
     classes = fada.class_list("gta5")
-    pairs = fada.find_pairs(city, "cityscapes", "train", labels=False)
+    pairs = find_pairs(city, "cityscapes", "train", labels=False)
     target = fada.SegmentationDataset(pairs, "cityscapes", classes, fada.Size(64, 32))
     for k, pair in enumerate(pairs):
         with torch.no_grad():

@@ -118,7 +118,7 @@ class Config:
 
 
 TOY = dict(data="data/toycity", init="none", backbone="resnet18", source_size=Size(128, 64), target_size=Size(128, 64),
-           iterations=1000, batch_size=2, lr=2.5e-3, lambda_adv=0.005, lambda_ci=0.05, lr_discriminator=3e-4, workers=0,
+           iterations=400, batch_size=2, lr=2.5e-3, lambda_adv=0.01, lambda_ci=0.1, lr_discriminator=3e-4, workers=0,
            amp="bf16", channels_last=True)
 
 RESULTS = {                                            # `make results METHOD=sim`: row -> (stage reported, flags of its run)

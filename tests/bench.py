@@ -14,6 +14,7 @@ import sys
 import tempfile
 import time
 import types
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,7 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+import bismap
 import c2f
 import cag
 import fada
@@ -268,6 +270,48 @@ def c2f_alignment() -> None:
         ratios, f"{theirs_s:.2f} s against {ours_s:.2f} s")
 
 
+def bismap_mixtures() -> None:
+    from sklearn.mixture import GaussianMixture
+    torch.manual_seed(0)
+    feat = torch.randn(100_000, 256) + 3 * torch.randn(8, 256)[torch.randint(8, (100_000,))]
+    start = bismap.Gmm(torch.full((8,), 1 / 8), feat[:8].clone(), torch.ones(8, 256))
+
+    def theirs():
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")                          # it warns that ten iterations did not converge
+            GaussianMixture(8, covariance_type="diag", max_iter=10, tol=0, weights_init=start.weight.numpy(),
+                            means_init=start.mean.numpy(), precisions_init=1 / start.variance.numpy()).fit(feat.numpy())
+
+    ratios, theirs_s, ours_s = interleaved(theirs, lambda: bismap.fit_gmm(feat, 8, 10, tol=-1e9, init=start), 3)
+    row("BiSMAP: seconds of scikit-learn's GaussianMixture / fit_gmm (8 of 100,000 x 256, equal starts, 10 iterations)",
+        "at least 3", ratios, f"{theirs_s:.2f} s against {ours_s:.2f} s")
+
+
+@torch.no_grad()
+def bismap_scoring() -> None:
+    torch.manual_seed(0)
+    model, x = build_model("v3+", "resnet101", 19, "none", "all").eval(), torch.randn(1, 3, 512, 1024)
+    gmms, (feat, _) = bismap.Gmm(torch.full((19, 8), 1 / 8), torch.randn(19, 8, 256), torch.ones(19, 8, 256)), model(x)
+    ratios, scoring, inference = interleaved(lambda: bismap.class_scores(feat, gmms), lambda: model(x), 3)
+    row("BiSMAP: scoring an image at stride 4 for 19 classes / its inference (ResNet-101, 1024x512)", "at most 0.5", ratios,
+        f"{scoring:.2f} s against {inference:.2f} s")
+
+
+def bismap_step() -> None:
+    x_s, x_t = torch.randn(2, 1, 3, 256, 512).unbind()
+    y_s, y_t, w = torch.randint(0, 19, (3, 1, 256, 512)).unbind()
+    model, step = network_step("v3+", [x_s, x_t], "all")
+
+    def bare():                                                      # with the teacher's inference
+        step()
+        with torch.no_grad():
+            model(x_t)
+    run = StepRun(bare, ((x_s, y_s, w), (x_t, y_s, y_t)), iterations=5)
+    bismap.self_train(run, bismap.Config(lr=1e-6), model, None, None)
+    row("BiSMAP: self-training's iteration / bare steps (ResNet-101, 1 + 1 images of 512x256)", "at most 1.15",
+        [a / b for a, b in run.pairs], f"bare {statistics.median(b for _, b in run.pairs):.2f} s")
+
+
 def gta5_files(root: Path, count: int) -> list[data.Pair]:
     """Files of GTA5's size and kind; the image is smooth noise, so that decoding costs what a photograph costs."""
     rng = np.random.default_rng(0)
@@ -337,6 +381,7 @@ def evaluation() -> None:
 BENCHES = {"fada": fada_step, "cag step": cag_step, "cag distances": cag_distances, "cag passes": cag_passes,
            "c2f step": c2f_step, "c2f alignment": c2f_alignment, "c2f memory": lambda: threshold_memory("c2f"),
            "sim step": sim_step, "sim matching": sim_matching, "sim memory": lambda: threshold_memory("sim"),
+           "bismap mixtures": bismap_mixtures, "bismap scoring": bismap_scoring, "bismap step": bismap_step,
            "loader": loader, "evaluation": evaluation}
 
 if __name__ == "__main__":

@@ -656,18 +656,14 @@ def choose_delta(run: Run, cfg: Config, model: nn.Module, gmms: Gmm, target: Seg
 
 @torch.no_grad()
 def label_target(run: Run, cfg: Config, model: nn.Module, gmms: Gmm, anchors: Tensor, delta: float, target: SegmentationDataset,
-                 folder: Path, classes: ClassList) -> Tensor:
-    """Write the pseudo labels of the target set; return e_c of Eq. (8), the mean entropy a category (C,)."""
-    entropy, predicted, labelled = (torch.zeros(len(classes), dtype=torch.float64) for _ in range(3))
+                 folder: Path, classes: ClassList) -> None:
+    """Write the pseudo labels of the target set, and report what share of its pixels they are: Table 5's PL ratio."""
+    labelled, pixels = torch.zeros(len(classes), dtype=torch.int64), 0
     theta = torch.full((len(classes),), 0.9)
     model.eval()
     for x, _, (name,) in run.sweep("pseudo labels", target, shared=cfg.assign != "ias"):      # IAS goes image by image
         with run.autocast():
             feat, logits = model(x)                                                           # (1, D, h, w), (1, C, h, w)
-        log_p = at_least_float32(logits).log_softmax(dim=1)
-        own = log_p.argmax(dim=1).flatten().cpu()
-        entropy.index_add_(0, own, -(log_p.exp() * log_p).sum(dim=1).flatten().double().cpu())
-        predicted += own.bincount(minlength=len(classes))
         if cfg.assign == "maps":
             label = map_pseudo_labels(upsample(class_scores(feat, gmms), x.shape[-2:]), delta)
         elif cfg.assign == "anchors":
@@ -677,16 +673,35 @@ def label_target(run: Run, cfg: Config, model: nn.Module, gmms: Gmm, anchors: Te
             theta = ias_thresholds(theta, confidence[0].cpu(), label[0].cpu())
             label = label.masked_fill(confidence <= theta.to(label.device)[label], IGNORE)
         labelled += label[label != IGNORE].cpu().bincount(minlength=len(classes))
+        pixels += label.numel()
         save_label(folder / f"{name}.png", label[0])
     model.train()
-    total = torch.stack([entropy, predicted, labelled]).to(run.device)
+    total = torch.cat([labelled, torch.tensor([pixels])]).to(run.device)
     if cfg.assign != "ias":
         sum_over_processes(total)
-    entropy, predicted, labelled = total.cpu()
-    print("\npseudo labels of the target: share of each category, in percent of the labelled pixels")
-    for c, share in zip(classes.names, (100 * labelled / labelled.sum()).tolist()):
+    percent = (100 * total[:-1] / total[-1]).tolist()
+    print("\npseudo labels of the target, in percent of its pixels (PL ratio)")
+    for c, share in [*zip(classes.names, percent), ("all", sum(percent))]:
         print(f"{c:<16}{share:8.2f}")
-    return entropy / predicted
+    run.log(stage="selftrain", iteration=0, delta=delta, pl_ratio=dict(zip(classes.names, percent)))
+
+
+@torch.no_grad()
+def category_entropy(run: Run, model: nn.Module, target: SegmentationDataset, num_classes: int) -> Tensor:
+    """e_c of Eq. (8): mean entropy of the target pixels that the warm-up model predicts as c, (C,); NaN if none is."""
+    entropy, count = torch.zeros(2, num_classes, dtype=torch.float64)
+    model.eval()
+    for x, *_ in run.sweep("entropies", target, shared=True):
+        with run.autocast():
+            _, logits = model(x)                                                              # (1, C, h, w)
+        log_p = at_least_float32(logits).log_softmax(dim=1)
+        own = log_p.argmax(dim=1).flatten().cpu()
+        entropy.index_add_(0, own, -(log_p.exp() * log_p).sum(dim=1).flatten().double().cpu())
+        count += own.bincount(minlength=num_classes)
+    model.train()
+    total = torch.stack([entropy, count]).to(run.device)
+    sum_over_processes(total)
+    return (total[0] / total[1]).cpu()
 
 
 @torch.no_grad()
@@ -758,17 +773,19 @@ def prepare_selftraining(run: Run, cfg: Config, model: nn.Module, source: Datase
                          classes: ClassList) -> None:
     """Prototypes, pseudo labels and transferability maps from the warm-up model, once."""
     run.prepare("selftrain")
-    path = run.folder / "prototypes.pt"
-    if not path.exists():                                                                     # finished before a kill: keep
-        prototypes = fit_prototypes(run, cfg, model, source, len(classes))
-        write_atomically(path, lambda file: torch.save(prototypes, file))
-    kept = {key: value.to(run.device) for key, value in torch.load(path, weights_only=True).items()}
-    gmms = Gmm(kept["weight"], kept["mean"], kept["variance"])
-    delta = choose_delta(run, cfg, model, gmms, target)
-    entropy = label_target(run, cfg, model, gmms, kept["anchor"], delta, target, run.folder / "pseudo_labels", classes)
-    draw_labels(run, cfg, model, gmms, kept["anchor"], delta, target, classes)
-    run.log(stage="selftrain", iteration=0, delta=delta, samples=dict(zip(classes.names, kept["count"].tolist())))
+    if cfg.assign != "none":
+        path = run.folder / "prototypes.pt"
+        if not path.exists():                                                                 # finished before a kill: keep
+            prototypes = fit_prototypes(run, cfg, model, source, len(classes))
+            write_atomically(path, lambda file: torch.save(prototypes, file))
+        kept = {key: value.to(run.device) for key, value in torch.load(path, weights_only=True).items()}
+        run.log(stage="selftrain", iteration=0, samples=dict(zip(classes.names, kept["count"].tolist())))
+        gmms, anchors = Gmm(kept["weight"], kept["mean"], kept["variance"]), kept["anchor"]
+        delta = choose_delta(run, cfg, model, gmms, target)
+        label_target(run, cfg, model, gmms, anchors, delta, target, run.folder / "pseudo_labels", classes)
+        draw_labels(run, cfg, model, gmms, anchors, delta, target, classes)
     if cfg.stm:
+        entropy = category_entropy(run, model, target, len(classes))
         write_transferability(run, cfg, model, entropy, source, target, run.folder / "transferability")
         draw_transferability(run, source, run.folder / "transferability")
 

@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from skimage import color, exposure
+from torch import nn
+from torchvision.transforms import v2
 
 import c2f
 from common.data import find_pairs, read_image
 
 IGNORE = 255
+MEAN, STD = (torch.tensor(v)[:, None, None] for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))     # ImageNet's
 
 
 @pytest.fixture(scope="module")
-def photos(city) -> tuple[torch.Tensor, torch.Tensor]:
+def photos(city: Path) -> tuple[torch.Tensor, torch.Tensor]:
     """A source and a target image of the tiny city, in [0, 1]."""
     return tuple(read_image(find_pairs(city, domain)[0].image).float() / 255 for domain in ("gta5", "cityscapes"))
 
@@ -80,6 +85,21 @@ def test_match_histogram_by_hand_and_with_counts():
     assert torch.allclose(c2f.match_histogram(image, image), image, atol=1e-6)
 
 
+@pytest.mark.parametrize("bins", [5, 64])
+def test_match_histogram_of_rounded_values(bins):
+    def rounded(x):
+        low, width = x.min(), (x.max() - x.min()) / bins
+        return low + np.floor((x - low) / width + 0.5) * width
+    rng = np.random.default_rng(0)
+    source, reference = 2 + 3 * rng.uniform(size=(40, 50)), -7 + rng.normal(size=(30, 70)) ** 2
+    got = c2f.match_histogram(torch.from_numpy(source), torch.from_numpy(reference), bins)
+    np.testing.assert_allclose(got, exposure.match_histograms(rounded(source), rounded(reference)), atol=1e-9)
+    assert len(got.unique()) <= bins + 1 < len(np.unique(source))
+    for flat in (torch.full((4, 5), 0.3), torch.zeros(4, 5)):
+        assert (c2f.match_histogram(flat, torch.tensor([[1.0, 2, 9]]), bins) == 9).all()
+        assert (c2f.match_histogram(torch.rand(4, 5), flat, bins) == flat).all()
+
+
 # ---------------------------------------------------------------------------------- Eq. (2), gamma
 
 
@@ -115,20 +135,67 @@ def test_gamma_of_equal_images_is_one_and_counts_count():
     assert c2f.solve_gamma(doubled, other) == c2f.solve_gamma(lightness, other, 0.01, counts)
 
 
+def best_gamma(lightness, reference, beta):
+    """The optimum of Eq. (2) for histograms of 1,024 levels, by trying."""
+    p_s, p_t = (np.bincount(np.floor(x.clip(0, 1).ravel() * 1023 + 0.5).astype(int), minlength=1024) / x.size
+                for x in (lightness, reference))
+    L = np.arange(1024) / 1023
+    there, wanted = p_s > 0, sum(L * p_t)
+    gammas = np.linspace(0.05, 6, 1191)                                          # of steps of 0.005
+    for _ in range(2):
+        mean = (L[there, None] ** gammas * p_s[there, None]).sum(axis=0)
+        best = gammas[((mean - wanted) ** 2 + beta * (gammas - 1) ** 2).argmin()]
+        gammas = np.linspace(best - 0.005, best + 0.005, 2001).clip(0.05, 6)
+    return best
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.01, 0.3])
+def test_gamma_is_the_optimum_of_histograms_of_1024_levels(beta):
+    # Rounded to 64 or 256 levels, these few values would move by up to 1/126 or 1/510.
+    few = [([0.3007], [0.4504]), ([0.2095, 0.2095, 0.6517], [0.3137]), ([0.7055], [0.333, 0.1234]), ([0.1137, 0.9], [0.6])]
+    rng = np.random.default_rng(0)
+    images = [(rng.uniform(size=900), rng.uniform(size=900) ** power) for power in (3.0, 0.7, 0.2)]
+    for lightness, reference in [*few, *images]:
+        lightness, reference = np.array(lightness), np.array(reference)
+        best = best_gamma(lightness, reference, beta)
+        assert c2f.solve_gamma(*map(torch.tensor, (lightness, reference)), beta) == pytest.approx(best, abs=1e-4) and best != 1
+        assert beta != 0.01 or c2f.solve_gamma(*map(torch.tensor, (lightness, reference))) == pytest.approx(best, abs=1e-4)
+    for equal in ([0.0], [1.0], [0.0, 1, 1], [1.0, 0, 0, 0]):                    # where no gamma changes the mean
+        assert c2f.solve_gamma(torch.tensor(equal), torch.tensor(equal), beta) == 1
+
+
 # ----------------------------------------------------------------------------------- whole images
 
 
-def test_photometric_align_is_gamma_and_histograms_in_lab(photos):
-    source, reference = photos
-    lab, lab_n = (color.rgb2lab(hwc(x)) for x in photos)
-    gamma = c2f.solve_gamma(torch.from_numpy(lab[..., 0] / 100), torch.from_numpy(lab_n[..., 0] / 100))
-    expected = np.stack([100 * (lab[..., 0] / 100).clip(0, 1) ** gamma, exposure.match_histograms(lab[..., 1], lab_n[..., 1]),
-                         exposure.match_histograms(lab[..., 2], lab_n[..., 2])], axis=-1)
-    aligned = c2f.photometric_align(source, reference)
-    assert aligned.shape == source.shape and gamma != 1
-    error = np.abs(hwc(aligned) - color.lab2rgb(expected))
-    assert np.median(error) < 1e-4 and error.max() < 0.02                        # float32 splits values that tie in float64
-    assert torch.allclose(c2f.photometric_align(source, source), source, atol=1e-4)
+def unit(lab):
+    """L, a and b from their ranges to [0, 1]."""
+    return (lab + np.array([0, 128, 128])) / np.array([100, 256, 256])
+
+
+def aligned_in_lab(which, lab, lab_n, beta):
+    (x, x_n), matched = (unit(lab), unit(lab_n)), [exposure.match_histograms(lab[..., k], lab_n[..., k]) for k in range(3)]
+    powers = np.stack([x[..., k].clip(0, 1) ** best_gamma(x[..., k], x_n[..., k], beta) for k in range(3)], axis=-1)
+    powers = powers * np.array([100, 256, 256]) - np.array([0, 128, 128])
+    return {"gpa": np.stack([powers[..., 0], *matched[1:]], axis=-1), "gamma": powers, "histogram": np.stack(matched, axis=-1)}[
+        which]
+
+
+@pytest.mark.filterwarnings("ignore:Conversion from CIE-LAB")
+@pytest.mark.parametrize(("which", "beta"), [("gpa", None), ("gpa", 0.0), ("gpa", 1.0), ("gamma", None), ("gamma", 0.0),
+                                             ("gamma", 1.0), ("histogram", None)])
+def test_alignments_in_lab(which, beta, photos):
+    align = {"gpa": c2f.photometric_align, "gamma": c2f.align_by_gamma, "histogram": c2f.align_by_histogram}[which]
+    given = [] if beta is None else [beta]
+    colorful = [(torch.rand(3, 20, n, generator=torch.Generator().manual_seed(n)) ** torch.tensor(powers)[:, None, None] * 255
+                 ).round() / 255 for n, powers in ((30, (1.5, 1.0, 0.7)), (25, (0.7, 0.8, 2.5)))]
+    for source, reference in (photos, colorful):
+        lab, lab_n = (color.rgb2lab(hwc(x)) for x in (source, reference))
+        aligned = align(source, reference, *given)
+        expected = color.lab2rgb(aligned_in_lab(which, lab, lab_n, 0.01 if beta is None else beta)).clip(0, 1)
+        error = np.abs(hwc(aligned) - expected)
+        assert aligned.shape == source.shape and (aligned - source).abs().max() > 0.03
+        assert np.median(error) < 1e-5 and error.max() < 2e-3                    # float32 splits values that tie in float64
+        assert torch.allclose(align(source, source, *given), source, atol=1e-4)
 
 
 def test_alignment_by_colors_equals_alignment_by_pixels(photos):
@@ -165,6 +232,33 @@ def test_frequency_alignment_swaps_the_lowest_amplitudes():
             amplitude = np.abs(spectra[1 if low else 0][:, v, u])
             np.testing.assert_allclose(np.abs(spectra[2][:, v, u]), amplitude, atol=1e-9)
     np.testing.assert_allclose(np.angle(spectra[2] / spectra[0])[:, 3:8, 3:8], 0, atol=1e-6)
+
+
+def test_frequency_alignment_by_default_to_a_reference_of_another_size():
+    torch.manual_seed(0)
+    source, reference = torch.rand(3, 110, 130) ** 2, 0.6 + 0.4 * torch.rand(3, 37, 200) ** 2
+    size = (source.shape[2], source.shape[1])
+    for x, n, got in zip(source.double().numpy(), reference.numpy(), c2f.align_by_frequency(source, reference)):
+        n = np.array(Image.fromarray(n).resize(size, Image.Resampling.BILINEAR))             # antialiased
+        spectrum, other = np.fft.fft2(x), np.fft.fft2(n)
+        low = np.ix_((-1, 0, 1), (-1, 0, 1))                                     # 0.01 * 110 is 1
+        spectrum[low] *= np.abs(other[low]) / np.abs(spectrum[low])
+        np.testing.assert_allclose(got, np.fft.ifft2(spectrum).real.clip(0, 1), atol=1e-5)
+
+
+@pytest.mark.parametrize("which", ["gpa", "gamma", "histogram", "frequency"])
+def test_the_seed_chooses_among_all_references(which, city, photos):
+    cfg = c2f.Config(alignment=which, beta=0.3, window=0.1, target_size=c2f.Size(48, 20))
+    files = [pair.image for pair in find_pairs(city, "cityscapes")][:3]
+    align = {"gpa": lambda m, n: c2f.photometric_align(m, n, 0.3), "gamma": lambda m, n: c2f.align_by_gamma(m, n, 0.3),
+             "histogram": c2f.align_by_histogram, "frequency": lambda m, n: c2f.align_by_frequency(m, n, 0.1)}[which]
+    expected = [align(photos[0], v2.functional.resize(read_image(file), [20, 48], antialias=True) / 255) for file in files]
+    alignment, chosen = c2f.Alignment(cfg, files), []
+    for seed in range(12):
+        aligned = alignment(photos[0], seed, "name")
+        chosen += [k for k, image in enumerate(expected) if torch.allclose(aligned, image, atol=1e-6)]
+        assert len(chosen) == seed + 1 and torch.equal(alignment(photos[0], seed, "other"), aligned)
+    assert set(chosen) == {0, 1, 2}
 
 
 def test_align_writes_one_picture(photos, city, tmp_path, capsys):
@@ -205,6 +299,17 @@ def test_thresholds_are_quantiles_of_all_confidences(p):
     assert t[3] == 0.9 and t.dtype == torch.float64
 
 
+def test_thresholds_by_hand():
+    at_ten, below_ten, at_the_cap, low, lowest = torch.zeros(5, 20, dtype=torch.int64)
+    at_ten[5], at_ten[12] = 90, 10
+    below_ten[5], below_ten[12] = 901, 99
+    at_the_cap[19] = 3
+    low[0], low[6], low[14] = 60, 35, 5                                          # 5 of 100, though 5 of 40 above the first bin
+    lowest[0] = 7
+    t = c2f.category_thresholds(torch.stack([at_ten, below_ten, at_the_cap, low, lowest]))
+    assert t.tolist() == pytest.approx([0.6, 0.25, 0.9, 0.3, 0], abs=1e-12)
+
+
 def test_centers_are_eq_3():
     feat, label = torch.randn(3, 5, 4, 6, dtype=torch.float64), labels(3, 4, 6, K=3)
     label[label == 1] = 2
@@ -218,13 +323,13 @@ def test_centers_are_eq_3():
 
 def eq4(feat, label, centers, margin, negatives):
     total, pixels = 0.0, 0
-    for x, y in zip(rows(feat), label.flatten().tolist()):
-        if y == IGNORE or math.isnan(centers[y][0]):
+    for x, y in zip(feat.movedim(1, -1).flatten(0, 2), label.flatten().tolist()):
+        if y == IGNORE or centers[y].isnan().any():
             continue
-        g = x / math.sqrt((x ** 2).sum())
-        d = [math.sqrt(((g - np.array(c)) ** 2).sum()) for c in centers.tolist()]
-        others = [d[k] for k in range(len(d)) if k != y and not math.isnan(d[k])]
-        total += sum(max(d[y] - o + margin, 0) for o in ([min(others)] if negatives == "nearest" else others))
+        g = x / (x ** 2).sum().sqrt()
+        d = [((g - c) ** 2).sum().sqrt() for c in centers]
+        others = [d[k] for k in range(len(d)) if k != y and not d[k].isnan()]
+        total += sum((d[y] - o + margin).clamp(min=0) for o in ([min(others)] if negatives == "nearest" else others))
         pixels += 1
     return total / pixels
 
@@ -236,7 +341,7 @@ def test_triplet_loss_is_eq_4(negatives):
     centers = torch.nn.functional.normalize(torch.randn(5, 6, dtype=torch.float64), dim=1)
     centers[3] = math.nan
     loss = c2f.triplet_loss(feat, label, centers, 0.2, negatives)
-    assert loss.item() == pytest.approx(eq4(feat, label, centers, 0.2, negatives), rel=1e-9) and loss > 0
+    assert loss.item() == pytest.approx(eq4(feat, label, centers, 0.2, negatives).item(), rel=1e-9) and loss > 0
     loss.backward()
     assert feat.grad.isfinite().all() and (rows(feat.grad)[label.flatten().numpy() == IGNORE] == 0).all()
     assert (rows(feat.grad)[label.flatten().numpy() == 3] == 0).all()
@@ -248,7 +353,9 @@ def test_triplet_loss_at_its_edges():
     centers = torch.eye(3, dtype=torch.float64)
     tie = torch.tensor([1.0, 1, 1])[None, :, None, None].double()                # as far from every centre
     label = torch.zeros(1, 1, 1, dtype=torch.int64)
+    assert c2f.triplet_loss(tie, label, centers).item() == c2f.triplet_loss(tie, label, centers, 0.2).item()
     assert c2f.triplet_loss(tie, label, centers, 0.2).item() == pytest.approx(0.2)
+    assert c2f.triplet_loss(tie, label, centers, 0.3).item() == pytest.approx(0.3)
     assert c2f.triplet_loss(tie, label, centers, 0.2, "all").item() == pytest.approx(0.4)
     own = torch.tensor([5.0, 0, 0])[None, :, None, None].double().requires_grad_()
     far = c2f.triplet_loss(own, label, centers, 0.2)                             # on its centre, sqrt 2 from the others
@@ -265,6 +372,23 @@ def test_triplet_loss_at_its_edges():
         c2f.triplet_loss(tie, label, centers, 0.2, "some")
 
 
+def test_bfloat16_features_give_a_float32_triplet_loss():
+    torch.manual_seed(0)
+    feat, label = (100 * torch.randn(2, 6, 16, 32)).bfloat16(), labels(2, 16, 32, K=5)
+    feat[0, :, 0] = 0
+    centers = nn.functional.normalize(torch.randn(5, 6), dim=1)
+    exact = c2f.triplet_loss(feat.double(), label, centers.double())
+    loss = c2f.triplet_loss(feat.requires_grad_(), label, centers)
+    loss.backward()
+    assert loss.dtype == torch.float32 and loss.item() == pytest.approx(exact.item(), rel=1e-5) and loss > 0
+    assert feat.grad.isfinite().all() and (feat.grad != 0).any()
+
+
+def test_labels_come_to_the_grid_by_the_nearest_centre():
+    got = c2f.resize_label(torch.arange(64).view(1, 8, 8), (2, 2))
+    assert got.tolist() == [[[18, 22], [50, 54]]] and got.dtype == torch.int64   # rows and columns 2 and 6
+
+
 def test_consistency_loss_is_eq_5_and_valid_labels():
     logits = torch.randn(2, 4, 3, 5, dtype=torch.float64)
     label, bins = labels(2, 3, 5, K=4, seed=1), torch.randint(c2f.BINS, (2, 3, 5), generator=torch.Generator().manual_seed(0))
@@ -279,6 +403,12 @@ def test_consistency_loss_is_eq_5_and_valid_labels():
     assert c2f.consistency_loss(logits, valid).item() == pytest.approx(np.mean(total), rel=1e-9)
     assert c2f.consistency_loss(logits, valid * 0 + IGNORE).item() == 0
     assert c2f.first_valid_bin(torch.tensor([0.9, 0.0, 0.076, 1.0]).double()).tolist() == [225, 0, 19, 250]
+    edges = torch.arange(c2f.BINS + 1)
+    for t in (edges.double() / c2f.BINS, (edges.double() / c2f.BINS).float()):   # state.pt keeps float32
+        assert torch.equal(c2f.first_valid_bin(t), edges)
+        assert torch.equal(c2f.first_valid_bin(t[:-1] + 0.3 / c2f.BINS), edges[1:])
+    label, bins = torch.tensor([[[0, 0, 0, 1, 1, 1, IGNORE]]]), torch.tensor([[[18, 19, 20, 224, 225, 249, 255]]])
+    assert c2f.valid_labels(label, bins, torch.tensor([0.076, 0.9])).tolist() == [[[IGNORE, 0, 0, IGNORE, 1, 1, IGNORE]]]
 
 
 def test_tau_is_a_function_of_its_seeds():
@@ -290,40 +420,227 @@ def test_tau_is_a_function_of_its_seeds():
     assert torch.equal(state, torch.get_rng_state())
 
 
+@pytest.mark.parametrize("strength", [0.0, 0.3, 0.8])
+def test_tau_jitters_what_was_there_before_the_normalisation(strength):
+    images = 2 * torch.randn(3, 3, 8, 10, generator=torch.Generator().manual_seed(0))        # also out of [0, 1]
+    got = c2f.tau(images, strength, [5, 6, 7])
+    jitter = v2.ColorJitter(strength, strength, strength, 0.4 * strength)
+    for image, seed, x in zip(images, (5, 6, 7), got):
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            expected = (jitter((image * STD + MEAN).clamp(0, 1)) - MEAN) / STD
+        torch.testing.assert_close(x, expected, rtol=0, atol=1e-5)
+    last = images.contiguous(memory_format=torch.channels_last)
+    assert got.is_contiguous() and c2f.tau(last, strength, [5, 6, 7]).is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(c2f.tau(last, strength, [5, 6, 7]), got, rtol=0, atol=1e-5)
+
+
+# ----------------------------------------------------------------------------------------------- the steps
+
+
+class Tiny(nn.Module):
+    """Stride 4, six features, four classes."""
+
+    def __init__(self):
+        super().__init__()
+        self.encoder, self.head = nn.Conv2d(3, 6, 3, stride=4, padding=1), nn.Conv2d(6, 4, 1)
+
+    def forward(self, x):
+        feat = self.encoder(x).tanh()
+        return feat, self.head(feat)
+
+    def parameter_groups(self, lr, encoder_rate):
+        return [{"params": self.head.parameters(), "lr": lr}, {"params": self.encoder.parameters(), "lr": encoder_rate * lr}]
+
+
+class FakeRun:
+    """What a step uses of a run."""
+
+    def __init__(self, batches, seed=3):
+        self.batches, self.losses, self.options = batches, [], SimpleNamespace(seed=seed)
+
+    def autocast(self):
+        return contextlib.nullcontext()
+
+    def stage(self, *call, batch_size):
+        (self.name, self.iterations, self.state, *self.data), self.batch_size = call, batch_size
+        yield from ((it, *batch) for it, batch in enumerate(self.batches))
+
+    def report(self, **losses):
+        self.losses.append({name: loss.item() for name, loss in losses.items()})
+
+
+def tiny_models():
+    torch.manual_seed(0)
+    models = [Tiny().double(), Tiny().double()]
+    models[1].load_state_dict(models[0].state_dict())
+    return models
+
+
+def tiny_batches():
+    batches = []
+    for it in range(2):
+        torch.manual_seed(it)
+        x_s, x_t = torch.randn(2, 3, 16, 32, dtype=torch.float64), 0.3 + 0.5 * torch.randn(2, 3, 16, 32, dtype=torch.float64)
+        y_s, y_t = labels(2, 16, 32, K=4, seed=it), labels(2, 16, 32, K=4, seed=10 + it)
+        y_s[0, :4], y_t[1, :, :9] = IGNORE, IGNORE                               # images with unequal shares
+        confidence = torch.randint(c2f.BINS, y_t.shape).masked_fill(y_t == IGNORE, 255)
+        batches.append(((x_s, y_s), (x_t, torch.ones_like(y_t), y_t, confidence)))
+    return batches
+
+
+def cross_entropy(logits, label):
+    p = nn.functional.interpolate(logits, label.shape[-2:], mode="bilinear", align_corners=True).softmax(dim=1)
+    n, i, j = (label != IGNORE).nonzero(as_tuple=True)
+    return -p[n, label[n, i, j], i, j].log().sum() / len(n)
+
+
+def train_by_hand(model, cfg, lr, batches, losses):
+    """SGD written out. losses(it, *batch) -> what is reported, what is minimised."""
+    weights = [(p, rate, torch.zeros_like(p)) for part, rate in ((model.encoder, cfg.encoder_rate * lr), (model.head, lr))
+               for p in part.parameters()]
+    reported = []
+    for it, batch in enumerate(batches):
+        found, total = losses(it, *batch)
+        reported.append({name: loss.item() for name, loss in found.items()})
+        grads = torch.autograd.grad(total, [p for p, _, _ in weights])
+        with torch.no_grad():
+            for (p, rate, v), grad in zip(weights, grads):
+                v.copy_(cfg.momentum * v + grad + cfg.weight_decay * p)
+                p -= rate * v
+    return reported
+
+
+def check_step(run, models, expected):
+    assert len(run.losses) == 2 and run.state["model"] is models[0] and run.state.keys() == {"model", "optimizer"}
+    for got, wanted in zip(run.losses, expected):
+        assert got.keys() == wanted.keys() and got == pytest.approx(wanted, rel=1e-9)
+    for key, value in models[1].state_dict().items():
+        torch.testing.assert_close(models[0].state_dict()[key], value, rtol=1e-9, atol=1e-12)
+
+
+def test_step_0_minimises_l_seg():
+    cfg = c2f.Config(lr=0.3, step_lr=0.05, encoder_rate=0.5, momentum=0.9, weight_decay=0.03, batch_size=2)
+    models, batches = tiny_models(), [(source,) for source, _ in tiny_batches()]
+
+    def losses(it, source):
+        seg = cross_entropy(models[1](source[0])[1], source[1])
+        return {"seg_s": seg}, seg
+    run, source = FakeRun(batches), object()
+    c2f.train_step0(run, cfg, models[0], source, 77)
+    assert (run.name, run.iterations, run.data, run.batch_size) == ("step0", 77, [source], 2)
+    check_step(run, models, train_by_hand(models[1], cfg, 0.3, batches, losses))
+
+
+@pytest.mark.parametrize(("triplet_target", "negatives"), [(False, "nearest"), (True, "all")])
+def test_a_step_minimises_the_three_losses(triplet_target, negatives, monkeypatch):
+    """Sec. 3.1, step 1: L_seg on the source and on valid pseudo labels, Eq. (4) on the source, Eq. (5) on tau(n)."""
+    cfg = c2f.Config(lambda_pseudo=0.7, lambda_triplet=1.9, lambda_consist=0.4, jitter=0.6, margin=0.3, negatives=negatives,
+                     triplet_target=triplet_target, lr=0.3, step_lr=0.05, encoder_rate=0.5, momentum=0.9, weight_decay=0.03,
+                     step_iterations=77, batch_size=2)
+    (models, batches), jittered = (tiny_models(), tiny_batches()), []
+    thresholds = torch.tensor([0.9, 0.5, 0.0, 0.3])
+    centers = nn.functional.normalize(torch.randn(4, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(1)), dim=1)
+    centers[3] = math.nan
+
+    def spy(images, strength, seeds, _tau=c2f.tau):
+        jittered.append((images, strength, seeds, _tau(images, strength, seeds)))
+        return jittered[-1][3]
+    monkeypatch.setattr(c2f, "tau", spy)
+
+    def losses(it, source, target):
+        (x_s, y_s), (x_t, _, y_t, confidence) = source, target
+        valid = y_t.clone()
+        for n, i, j in (y_t != IGNORE).nonzero().tolist():
+            if confidence[n, i, j] / c2f.BINS < thresholds[y_t[n, i, j]] - 1e-6:
+                valid[n, i, j] = IGNORE
+        assert 0.2 < (valid != IGNORE).sum() / (y_t != IGNORE).sum() < 0.8
+        (feat_s, logits_s), (feat_t, logits_t), (_, logits_tau) = (models[1](x) for x in (x_s, x_t, jittered[it][3]))
+        triplet = eq4(feat_s, y_s[:, 2::4, 2::4], centers, 0.3, negatives)       # of 4 pixels the third: 1.5 to 2.5
+        if triplet_target:
+            triplet = triplet + eq4(feat_t, valid[:, 2::4, 2::4], centers, 0.3, negatives)
+        seg_s, seg_t, consist = cross_entropy(logits_s, y_s), cross_entropy(logits_t, valid), cross_entropy(logits_tau, valid)
+        found = {"seg_s": seg_s, "seg_t": seg_t, "triplet": triplet, "consist": consist}
+        return found, seg_s + 0.7 * seg_t + 1.9 * triplet + 0.4 * consist
+    run, data = FakeRun(batches), [object(), object()]
+    c2f.train_step(run, cfg, 2, models[0], centers, thresholds, *data)
+    assert (run.name, run.iterations, run.data, run.batch_size) == ("step2", 77, data, 2)
+    for (images, strength, _, result), (_, (x_t, *_)) in zip(jittered, batches, strict=True):
+        assert images is x_t and strength == 0.6 and (result - x_t).abs().mean() > 0.05
+    check_step(run, models, train_by_hand(models[1], cfg, 0.05, batches, losses))
+    assert run.losses[0]["triplet"] > 0.05 and abs(run.losses[0]["consist"] - run.losses[0]["seg_t"]) > 1e-3
+
+    seeds = [seeds for *_, seeds, _ in jittered]
+    for seed, i in ((3, 2), (4, 2), (3, 1)):                                     # the same again; others
+        c2f.train_step(FakeRun(batches, seed), cfg, i, models[0], centers, thresholds, *data)
+        again = [seeds for *_, seeds, _ in jittered[-2:]]
+        assert again == seeds or (seed, i) != (3, 2)
+        assert len({*sum(seeds, []), *sum(again, [])}) == (4 if (seed, i) == (3, 2) else 8)
+
+
 # ------------------------------------------------------------------------------------------- on files
 
 
-def test_a_step_starts_with_the_model_before_it(city, tmp_path):
-    """Centres, thresholds and labels of step 2 come from step 1's model, over the aligned source."""
-    small = ("--backbone resnet18 --init none --source-size 64x32 --target-size 64x32 --crop 64x32 --workers 0 --batch-size 1 "
-             "--step0-iterations 2 --step-iterations 2 --K 2 --log-every 1 --device cpu --adapt-freeze-bn none --step-lr 0.01")
+def test_a_step_starts_with_the_model_before_it(city, tmp_path, monkeypatch):
+    """Weights, centres, thresholds and labels of a step come from the model of the step before, over the aligned source."""
+    started = {}
+
+    def train_step(run, cfg, i, model, centers, thresholds, source, target, _train=c2f.train_step):
+        begin = {key: value.clone() for key, value in model.state_dict().items()}
+        started[i] = begin, model.training, model.frozen_bn, centers, thresholds, source, target
+        _train(run, cfg, i, model, centers, thresholds, source, target)
+    monkeypatch.setattr(c2f, "train_step", train_step)
+    small = ("--backbone resnet18 --init none --source-size 64x32 --target-size 48x24 --crop 48x24 --workers 0 --batch-size 1 "
+             "--step0-iterations 2 --step-iterations 2 --K 2 --log-every 1 --device cpu --adapt-freeze-bn encoder "
+             "--step-lr 0.01 --P-h 0.15 --p 45 --beta 0.002")
     c2f.main(["--data", str(city), "--runs", str(tmp_path), *small.split()])
-    folder = tmp_path / "c2f-gta5"
-    model = c2f.build_model("v3+", "resnet18", 19, "none").eval()
-    model.load_state_dict(torch.load(folder / "step1.pt", weights_only=True)["state"]["model"])
-    kept = torch.load(folder / "step2/state.pt", weights_only=True)
+    folder, model = tmp_path / "c2f-gta5", c2f.build_model("v3+", "resnet18", 19, "none").eval()
+    trained = [torch.load(folder / f"step{i}.pt", weights_only=True)["state"]["model"] for i in range(3)]
 
-    cfg = c2f.Config(source_size=c2f.Size(64, 32), target_size=c2f.Size(64, 32))
+    # The encoder's batch norms are fixed after step 0, as asked; those of the rest are not.
+    for before, after in zip(trained, trained[1:]):
+        moved = {key.split(".")[0] for key in before if "running" in key and not torch.equal(before[key], after[key])}
+        assert moved == {"aspp", "low", "decoder"}
+
     classes, targets = c2f.class_list("gta5"), find_pairs(city, "cityscapes", labels=False)
-    alter = c2f.Alignment(cfg, [pair.image for pair in targets])
-    source = c2f.SegmentationDataset(find_pairs(city, "gta5"), "gta5", classes, cfg.source_size, alter=alter)
-    total, count = 0, 0
-    for image, label, _ in (c2f.OneVersion(source, c2f.derive_seed(0, "centres"))[k] for k in range(len(source))):
-        with torch.no_grad():
-            feat = model(image[None])[0]
-        part = c2f.class_sums(feat, c2f.resize_label(label[None], feat.shape[-2:]), 19)
-        total, count = total + part[0], count + part[1]
-    expected = c2f.category_centers(total, count).float()
-    torch.testing.assert_close(kept["centers"], expected, rtol=1e-4, atol=1e-5, equal_nan=True)
+    resized = [v2.functional.resize(read_image(pair.image), [24, 48], antialias=True) / 255 for pair in targets]
+    source, images = c2f.SegmentationDataset(find_pairs(city, "gta5"), "gta5", classes, None), []
+    for k, pair in enumerate(source.pairs):
+        seed = c2f.derive_seed(c2f.derive_seed(0, "centres"), k)
+        reference = resized[c2f.derive_seed(seed, "reference") % len(resized)]
+        images.append((c2f.photometric_align(read_image(pair.image) / 255, reference, 0.002) - MEAN) / STD)
 
-    histogram = torch.zeros(19, c2f.BINS, dtype=torch.int64)
-    target = c2f.SegmentationDataset(targets, "cityscapes", classes, cfg.target_size)
-    for image, _, name in (target[k] for k in range(len(target))):
-        with torch.no_grad():
-            p = c2f.upsample(model(image[None])[1], (32, 64)).softmax(dim=1)[0]
-        bins, label = (torch.from_numpy(np.array(Image.open(folder / f"step2/{kind}/{name}.png"))).long()
-                       for kind in ("confidences", "labels"))
-        assert torch.equal(label, p.argmax(dim=0)) and ((p.amax(dim=0) * c2f.BINS).long() - bins).abs().max() <= 1
-        histogram += (label * c2f.BINS + bins).flatten().bincount(minlength=19 * c2f.BINS).view(19, -1)
-    torch.testing.assert_close(kept["thresholds"], c2f.category_thresholds(histogram).float())
-    assert Path(folder / "step2.png").exists()
+    capped, written = [], []
+    for i in (1, 2):
+        begin, training, frozen, centers, thresholds, of_source, of_target = started[i]
+        assert training and frozen == "encoder" and all(torch.equal(begin[key], trained[i - 1][key]) for key in begin)
+        assert isinstance(of_source.alter, c2f.Alignment) and of_target.alter is None
+        assert (of_source.augment.jitter, of_target.augment.jitter) == (0.5, 0)
+        model.load_state_dict(trained[i - 1])
+        total, count = 0, 0
+        for k, image in enumerate(images):
+            with torch.no_grad():
+                feat = model(image[None])[0]
+            part = c2f.class_sums(feat, source[k][1][None, 2::4, 2::4], 19)      # of 4 pixels the third: 1.5 to 2.5
+            total, count = total + part[0], count + part[1]
+        torch.testing.assert_close(centers, c2f.category_centers(total, count).float(), rtol=1e-4, atol=1e-5, equal_nan=True)
+
+        histogram, pngs = torch.zeros(19, c2f.BINS, dtype=torch.int64), []
+        for k, (pair, image) in enumerate(zip(targets, resized)):
+            with torch.no_grad():
+                logits = model(((image - MEAN) / STD)[None])[1]
+            p = nn.functional.interpolate(logits, (24, 48), mode="bilinear", align_corners=True).softmax(dim=1)[0]
+            label, bins = (torch.from_numpy(np.array(Image.open(folder / f"step{i}/{kind}/{pair.name}.png"))).long()
+                           for kind in ("labels", "confidences"))
+            assert torch.equal(label, p.argmax(dim=0)) and ((p.amax(dim=0) * c2f.BINS).long() - bins).abs().max() <= 1
+            _, ground_truth, _, *maps = of_target[k]
+            assert (ground_truth == IGNORE).all() and torch.equal(maps[0], label) and torch.equal(maps[1], bins)
+            histogram += (label * c2f.BINS + bins).flatten().bincount(minlength=19 * c2f.BINS).view(19, -1)
+            pngs += maps
+        written.append(torch.stack(pngs))
+        torch.testing.assert_close(thresholds, c2f.category_thresholds(histogram, 0.15, 45).float())
+        capped += (thresholds[histogram.sum(dim=1) > 0] == torch.tensor(0.15)).tolist()
+        kept = torch.load(folder / f"step{i}/state.pt", weights_only=True)
+        assert torch.equal(kept["thresholds"], thresholds) and torch.equal(kept["centers"].nan_to_num(), centers.nan_to_num())
+        assert (folder / f"step{i}.png").exists()
+    assert len(set(capped)) == 2 and not torch.equal(*written) and not torch.equal(started[1][4], started[2][4])

@@ -162,6 +162,7 @@ class Run:
     def prepare(self, name: str) -> None:
         """Before what a script computes for a stage that it has not begun: refuse what is stale, forget an earlier attempt."""
         self._check_nothing_is_stale(name)
+        write_json(self.folder / "config.json", self._config())      # what is computed belongs to these settings
         self._cut_log(name, -1)
 
     def sweep(self, what: str, dataset, shared: bool = False):

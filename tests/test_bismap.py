@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import math
 
 import numpy as np
 import pytest
 import scipy.stats
 import torch
+from PIL import Image
 from sklearn.mixture import GaussianMixture
 from torch import nn
 
 import bismap
 from bismap import Gmm
-from common.data import IMAGENET_MEAN, IMAGENET_STD
+from common.data import IMAGENET_MEAN, IMAGENET_STD, find_pairs
 
 IGNORE = 255
 
@@ -437,3 +439,63 @@ def test_phi():
     assert all_kept.all() and (same - images).abs().max() < 0.01                     # 8 bits a channel
     values = (x * std + mean).movedim(1, -1)[kept]
     assert values.min() > -1e-5 and values.max() < 1 + 1e-5
+
+
+# ----------------------------------------------------------------------------------------------- preparation
+
+TINY = ("--backbone resnet18 --init none --source-size 64x32 --target-size 64x32 --crop 64x32 --workers 0 "
+        "--warmup-iterations 2 --selftrain-iterations 2 --no-distill --warmup-batch-size 1 --batch-size 1 --lr 1e-4 "
+        "--stm-backbone warmup --samples 200 --stm-samples 200 --components 2 --J 3 --pl-ratio 0.5").split()
+
+
+def test_prototypes_outlive_a_kill_but_not_other_settings(city, tmp_path, monkeypatch, capsys):
+    argv = ["--data", str(city), "--runs", str(tmp_path), *TINY]
+
+    def killed(*args):
+        raise KeyboardInterrupt
+    monkeypatch.setattr(bismap, "choose_delta", killed)
+    with pytest.raises(KeyboardInterrupt):
+        bismap.main(argv)
+    monkeypatch.undo()
+    kept = (tmp_path / "bismap-gta5/prototypes.pt").read_bytes()
+    warmup = str(tmp_path / "bismap-gta5/warmup.pt")
+    with pytest.raises(SystemExit):
+        bismap.main([*argv, "--components", "3"])
+    assert "--components (2 -> 3)" in capsys.readouterr().err
+    monkeypatch.setattr(bismap, "fit_prototypes", killed)            # must not be called again
+    bismap.main(argv)
+    assert (tmp_path / "bismap-gta5/prototypes.pt").read_bytes() == kept
+    monkeypatch.undo()
+    monkeypatch.setattr(bismap, "choose_delta", killed)              # the same where the warm-up is another run's
+    again = ["--from", warmup, "--tag", "from"]
+    with pytest.raises(KeyboardInterrupt):
+        bismap.main([*argv, *again])
+    monkeypatch.undo()
+    with pytest.raises(SystemExit):
+        bismap.main([*argv, *again, "--components", "3"])
+    assert "--components (2 -> 3)" in capsys.readouterr().err
+
+
+def test_labels_and_maps_are_what_the_equations_say(city, tmp_path):
+    """From the files of a run: Eq. (6) on the warm-up model's features with the saved mixtures, and w's range and labels."""
+    bismap.main(["--data", str(city), "--runs", str(tmp_path), *TINY])
+    folder, classes = tmp_path / "bismap-gta5", bismap.class_list("gta5")
+    model = bismap.build_model("v3+", "resnet18", 19, "none", "none")
+    model.load_state_dict(torch.load(folder / "warmup.pt", weights_only=True)["state"]["model"])
+    kept = torch.load(folder / "prototypes.pt", weights_only=True)
+    gmms = Gmm(kept["weight"], kept["mean"], kept["variance"])
+    delta = next(line["delta"] for line in map(json.loads, (folder / "log.jsonl").read_text().splitlines()) if "delta" in line)
+    pairs, labelled, pixels = find_pairs(city, "cityscapes", "train", labels=False), 0, 0
+    target = bismap.SegmentationDataset(pairs, "cityscapes", classes, bismap.Size(64, 32))
+    for k, pair in enumerate(pairs):
+        with torch.inference_mode():
+            feat, _ = model.eval()(target[k][0][None])
+            expected = bismap.map_pseudo_labels(bismap.upsample(bismap.class_scores(feat, gmms), (32, 64)), delta)[0]
+        written = torch.from_numpy(np.array(Image.open(folder / f"pseudo_labels/{pair.name}.png"))).long()
+        assert (written != expected).float().mean() < 0.01               # but for rounding at borders
+        labelled, pixels = labelled + int((written != IGNORE).sum()), pixels + written.numel()
+    assert 0.5 <= labelled / pixels < 0.6                                # --pl-ratio 0.5, in steps of 0.25
+    pair = find_pairs(city, "gta5", "train")[0]
+    w = np.array(Image.open(folder / f"transferability/{pair.name}.png"))
+    label = bismap.SegmentationDataset([pair], "gta5", classes, bismap.Size(64, 32))[0, 0][1].numpy()
+    assert w.shape == label.shape and (w[label == IGNORE] == 0).all() and (w[label != IGNORE] > 0).any()

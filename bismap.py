@@ -95,7 +95,7 @@ from common.data import (
     read_resized,
     save_label,
 )
-from common.deeplab import at_least_float32, build_model, read_weights, resize_label, resnet_features, upsample
+from common.deeplab import at_least_float32, read_weights, resize_label, resnet_features, upsample
 from common.run import Options, Run, check_domains, several_processes, sum_over_processes
 from common.viz import colorize, contact_sheet, denormalise
 
@@ -902,14 +902,9 @@ def main(argv: list[str] | None = None) -> None:
     classes = class_list(cfg.source, cfg.target)
     sizes = {cfg.target: cfg.target_size, cfg.source: cfg.source_size or SIZES.get(cfg.source)}
 
-    def network() -> nn.Module:
-        run.seed("model")
-        init = "none" if options.eval and options.from_ else options.init
-        return run.place(build_model("v3+", cfg.backbone, len(classes), init, cfg.freeze_bn, options.partial_init))
-
     test, tests = run.images(cfg.target, "val", classes, sizes), {"single-scale": {}}
     if options.eval:
-        model = network()
+        model = run.network("v3+", classes)
         run.evaluate(run.load_latest(model), model, test, classes, tests)
         return
 
@@ -923,7 +918,7 @@ def main(argv: list[str] | None = None) -> None:
     fixed = run.images(labelled, "train", classes, sizes, augment=augment, alter=once)
     whole = OneVersion(run.images(labelled, "train", classes, sizes, alter=once), 0)
 
-    model = network()
+    model = run.network("v3+", classes)
     if cfg.stm and run.trains("selftrain"):
         independent_encoder(run, cfg, model)                                                  # refuse it now, not later
     run.start_from(model)
@@ -951,7 +946,7 @@ def main(argv: list[str] | None = None) -> None:
                 if not run.begun(stage):
                     write_hard_labels(run, cfg, stage, previous, target, folder)
                 pseudo_labelled = target.with_maps(folder)
-            model = network()                                                                 # a fresh student
+            model = run.network("v3+", classes)                              # a fresh student
             run.watch(model, test, classes)
             distill(run, cfg, stage, model, previous, fixed, pseudo_labelled if run.trains(stage) else target)
             run.evaluate(stage, model, test, classes, tests)

@@ -87,7 +87,7 @@ from common.data import (
     read_resized,
     save_label,
 )
-from common.deeplab import at_least_float32, build_model, resize_label, upsample
+from common.deeplab import at_least_float32, resize_label, upsample
 from common.run import Options, Run, check_domains, sum_over_processes
 from common.viz import contact_sheet, denormalise
 
@@ -655,14 +655,9 @@ def main(argv: list[str] | None = None) -> None:
     classes = class_list(cfg.source, cfg.target)
     sizes = {cfg.source: cfg.source_size, cfg.target: cfg.target_size}
 
-    def network() -> nn.Module:
-        run.seed("model")
-        init = "none" if options.eval and options.from_ else options.init
-        return run.place(build_model("v3+", cfg.backbone, len(classes), init, cfg.freeze_bn, options.partial_init))
-
     test, tests = run.images(cfg.target, "val", classes, sizes), {"single-scale": {}}
     if options.eval:
-        model = network()
+        model = run.network("v3+", classes)
         run.evaluate(run.load_latest(model), model, test, classes, tests)
         return
 
@@ -674,7 +669,7 @@ def main(argv: list[str] | None = None) -> None:
     whole = run.images(labelled_domain, "train", classes, sizes, alter=alter)
     aligned = OneVersion(whole, derive_seed(options.seed, "centres"))
 
-    model = network()
+    model = run.network("v3+", classes)
     if alter is not None and run.trains("step0") and not run.begun("step0"):
         draw_alignments(run.folder / "alignment.png", cfg, source, target)
         print(f"pictures: {run.folder / 'alignment.png'}", flush=True)

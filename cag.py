@@ -75,7 +75,7 @@ from torch import Tensor, nn
 from common import toycity
 from common.cli import Size, UserError, command, option, parse, write_atomically
 from common.data import IGNORE, Augment, ClassList, SegmentationDataset, class_list, save_label
-from common.deeplab import at_least_float32, build_model, resize_label, upsample
+from common.deeplab import at_least_float32, resize_label, upsample
 from common.metrics import LOG_BINS, log_histogram, log_quantiles
 from common.run import Options, Run, check_domains, sum_over_processes
 from common.viz import colorize, contact_sheet, denormalise
@@ -531,14 +531,9 @@ def main(argv: list[str] | None = None) -> None:
     classes = class_list(cfg.source, cfg.target)
     sizes = {cfg.source: cfg.source_size, cfg.target: cfg.target_size}
 
-    def network() -> nn.Module:
-        run.seed("model")
-        init = "none" if options.eval and options.from_ else options.init
-        return run.place(build_model("v3+", cfg.backbone, len(classes), init, cfg.freeze_bn, options.partial_init))
-
     test, tests = run.images(cfg.target, "val", classes, sizes), {"single-scale": {}}
     if options.eval:
-        model = network()
+        model = run.network("v3+", classes)
         run.evaluate(run.load_latest(model), model, test, classes, tests)
         return
 
@@ -551,7 +546,7 @@ def main(argv: list[str] | None = None) -> None:
 
     if cfg.offline_anchors and not run.reaches("stage1"):
         raise UserError("--offline-anchors are the anchors of stage 1, which this start does not come to: leave them out")
-    model = network()
+    model = run.network("v3+", classes)
     if cfg.offline_anchors and run.trains("stage1") and not run.begun("stage1"):
         read_anchors(cfg.offline_anchors, len(classes), model.feat_channels)                 # refuse it now, not at stage 1
     run.start_from(model)

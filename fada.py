@@ -63,7 +63,7 @@ from torch import Tensor, nn
 from common import toycity
 from common.cli import Size, UserError, command, option, parse
 from common.data import IGNORE, Augment, SegmentationDataset, class_list, save_label
-from common.deeplab import at_least_float32, build_model, upsample
+from common.deeplab import at_least_float32, upsample
 from common.run import Options, Run, check_domains
 
 STAGES = ("source", "adversarial", "distill")
@@ -403,23 +403,18 @@ def main(argv: list[str] | None = None) -> None:
     classes = class_list(cfg.source, cfg.target)
     sizes = {cfg.source: cfg.source_size or SIZES[cfg.source], cfg.target: cfg.target_size or SIZES[cfg.target]}
 
-    def network() -> nn.Module:
-        run.seed("model")
-        init = "none" if options.eval and options.from_ else options.init
-        return run.place(build_model("v2", cfg.backbone, len(classes), init, cfg.freeze_bn, options.partial_init))
-
     test = run.images(cfg.target, "val", classes, sizes)
     analysed = {domain: run.images(domain, "train", classes, sizes) for domain in (cfg.source, cfg.target)} if cfg.ccd else {}
     single = {"single-scale": {}}
     both = {**single, "multi-scale + flip": {"scales": cfg.test_scales, "flip": True}}
     if options.eval:
-        model = network()
+        model = run.network("v2", classes)
         run.evaluate(run.load_latest(model), model, test, classes, both)
     else:
         augment = Augment(flip=True, jitter=cfg.jitter, crop=cfg.crop)
         source = run.images(cfg.target if options.target_labels else cfg.source, "train", classes, sizes, augment=augment)
         target = run.images(cfg.target, "train", classes, sizes, labels=False, augment=augment)
-        model = network()
+        model = run.network("v2", classes)
         run.start_from(model)
         run.watch(model, test, classes)
         # An upper bound has to be trained as long as what it bounds.
@@ -433,7 +428,7 @@ def main(argv: list[str] | None = None) -> None:
                 if not run.begun("distill"):
                     write_pseudo_labels(run, model, target, folder)
                 target = target.with_maps(folder)
-            model = network()                                                     # the student
+            model = run.network("v2", classes)                              # the student
             run.watch(model, test, classes)
             self_distill(run, cfg, model, target)
             run.evaluate("distill", model, test, classes, both)

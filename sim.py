@@ -74,7 +74,7 @@ from torch import Tensor, nn
 from common import toycity
 from common.cli import Size, UserError, command, option, parse
 from common.data import IGNORE, Augment, ClassList, SegmentationDataset, class_list, save_label
-from common.deeplab import at_least_float32, build_model, resize_label, upsample
+from common.deeplab import at_least_float32, resize_label, upsample
 from common.run import Options, Run, check_domains, sum_over_processes
 from common.viz import colorize, contact_sheet, denormalise
 
@@ -527,21 +527,16 @@ def main(argv: list[str] | None = None) -> None:
     classes = class_list(cfg.source, cfg.target)
     sizes = {cfg.source: cfg.source_size or SIZES[cfg.source], cfg.target: cfg.target_size or SIZES[cfg.target]}
 
-    def network() -> nn.Module:
-        run.seed("model")
-        init = "none" if options.eval and options.from_ else options.init
-        return run.place(build_model("v2", cfg.backbone, len(classes), init, cfg.freeze_bn, options.partial_init))
-
     test, tests = run.images(cfg.target, "val", classes, sizes), {"single-scale": {}}
     if options.eval:
-        model = network()
+        model = run.network("v2", classes)
         run.evaluate(run.load_latest(model), model, test, classes, tests)
         return
 
     augment = Augment(crop=cfg.crop)
     source = run.images(cfg.target if options.target_labels else cfg.source, "train", classes, sizes, augment=augment)
     target = run.images(cfg.target, "train", classes, sizes, labels=False, augment=augment)
-    model = network()
+    model = run.network("v2", classes)
     run.start_from(model)
     for step in (1, 2)[:len(run.stages)]:
         if step == 2 and run.reaches("step2"):
@@ -550,7 +545,7 @@ def main(argv: list[str] | None = None) -> None:
                 if not run.begun("step2"):
                     write_pseudo_labels(run, cfg, model, target, folder, classes)
                 target = target.with_maps(folder)
-            model = network()                                                     # "we reinitialize and repeat", Sec. 4.3
+            model = run.network("v2", classes)                              # "we reinitialize and repeat", Sec. 4.3
         stuff, things = make_banks(run, cfg, classes, model.feat_channels)
         trains = run.trains(f"step{step}")
         run.watch(model, test, classes)

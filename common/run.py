@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 from common import data, metrics, viz
 from common.cli import Size, UserError, flag, option, to_json, write_atomically
+from common.deeplab import build_model
 
 
 @dataclass
@@ -194,6 +195,13 @@ class Run:
         translated = self.options.source_images if domain == self.cfg.source else None
         pairs = data.find_pairs(self.options.data, domain, split, city=self.cfg.city, labels=labels, images=translated)
         return data.SegmentationDataset(pairs, domain, classes, sizes[domain], augment, alter=alter)
+
+    def network(self, kind: str, classes: data.ClassList) -> nn.Module:
+        """DeepLab "v2" or "v3+" with --backbone, --init and --freeze-bn on the device; the same initial weights each time."""
+        self.seed("model")
+        init = "none" if self.options.eval and self.options.from_ else self.options.init
+        return self.place(build_model(kind, self.cfg.backbone, len(classes), init, self.cfg.freeze_bn,
+                                      self.options.partial_init))
 
     def seed(self, *names) -> None:
         """Seed every random state from (--seed, names): what follows does not depend on what ran before."""

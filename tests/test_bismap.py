@@ -16,6 +16,7 @@ from torch import nn
 import bismap
 from bismap import Gmm
 from common.data import IMAGENET_MEAN, IMAGENET_STD, find_pairs
+from common.deeplab import build_model
 
 IGNORE = 255
 
@@ -480,7 +481,7 @@ def test_labels_and_maps_are_what_the_equations_say(city, tmp_path):
     """From the files of a run: Eq. (6) on the warm-up model's features with the saved mixtures, and w's range and labels."""
     bismap.main(["--data", str(city), "--runs", str(tmp_path), *TINY])
     folder, classes = tmp_path / "bismap-gta5", bismap.class_list("gta5")
-    model = bismap.build_model("v3+", "resnet18", 19, "none", "none")
+    model = build_model("v3+", "resnet18", 19, "none", "none")
     model.load_state_dict(torch.load(folder / "warmup.pt", weights_only=True)["state"]["model"])
     kept = torch.load(folder / "prototypes.pt", weights_only=True)
     gmms = Gmm(kept["weight"], kept["mean"], kept["variance"])

@@ -17,6 +17,7 @@ from torchvision.transforms import v2
 
 import c2f
 from common.data import find_pairs, read_image
+from common.deeplab import build_model
 
 IGNORE = 255
 MEAN, STD = (torch.tensor(v)[:, None, None] for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))     # ImageNet's
@@ -594,7 +595,7 @@ def test_a_step_starts_with_the_model_before_it(city, tmp_path, monkeypatch):
              "--step0-iterations 2 --step-iterations 2 --K 2 --log-every 1 --device cpu --adapt-freeze-bn encoder "
              "--step-lr 0.01 --P-h 0.15 --p 45 --beta 0.002")
     c2f.main(["--data", str(city), "--runs", str(tmp_path), *small.split()])
-    folder, model = tmp_path / "c2f-gta5", c2f.build_model("v3+", "resnet18", 19, "none").eval()
+    folder, model = tmp_path / "c2f-gta5", build_model("v3+", "resnet18", 19, "none").eval()
     trained = [torch.load(folder / f"step{i}.pt", weights_only=True)["state"]["model"] for i in range(3)]
 
     # The encoder's batch norms are fixed after step 0, as asked; those of the rest are not.

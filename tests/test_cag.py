@@ -21,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import cag
 from cag import SegmentationDataset, Size, class_list
 from common.data import find_pairs
+from common.deeplab import build_model
 from common.run import Options, Run
 
 IGNORE = 255
@@ -451,7 +452,7 @@ def adapted(city, tmp_path_factory):
 @pytest.mark.parametrize("k", [1, 2])
 def test_a_stage_starts_with_anchors_and_labels_of_the_model_before_it(k, city, adapted):
     folder, offline, _ = adapted
-    model = cag.build_model("v3+", "resnet18", 19, "none").eval()
+    model = build_model("v3+", "resnet18", 19, "none").eval()
     model.load_state_dict(torch.load(folder / f"{('source', 'stage1')[k - 1]}.pt", weights_only=True)["state"]["model"])
     anchors = torch.load(folder / f"stage{k}/anchors.pt", weights_only=True)
     if k == 1:

@@ -15,6 +15,7 @@ from torch import nn
 
 import fada
 from common.data import find_pairs
+from common.deeplab import build_model
 
 IGNORE = 255
 
@@ -511,7 +512,7 @@ def test_ablations_share_a_source_model_and_the_student_learns_the_argmax(city, 
     assert states["binary"]["D"]["layers.4.weight"].shape[0] == 2 and states["soft"]["D"]["layers.4.weight"].shape[0] == 38
 
     fada.main([*common, "--from", source, "--tag", "distilled"])
-    model = fada.build_model("v2", "resnet18", 19, "none")
+    model = build_model("v2", "resnet18", 19, "none")
     model.load_state_dict(torch.load(tmp_path / "fada-gta5-distilled/adversarial.pt", weights_only=True)["state"]["model"])
     classes = fada.class_list("gta5")
     pairs = find_pairs(city, "cityscapes", "train", labels=False)

@@ -16,6 +16,7 @@ from torch import nn
 import sim
 from common.cli import Size, UserError
 from common.data import class_list, find_pairs
+from common.deeplab import build_model
 from common.run import Options
 
 IGNORE = 255
@@ -769,7 +770,7 @@ def test_step_2_learns_from_step_1(city, tmp_path, monkeypatch):
     assert started[1][1:] == started[2][1:] == (0, True)
 
     # Thresholds and pseudo labels, from all confidences of step 1's model.
-    model = sim.build_model("v2", "resnet18", 19, "none").eval()
+    model = build_model("v2", "resnet18", 19, "none").eval()
     model.load_state_dict(first)
     data = sim.SegmentationDataset(find_pairs(city, "cityscapes", labels=False), "cityscapes", class_list("gta5"), Size(64, 32))
     found = []

@@ -138,7 +138,7 @@ def test_the_readme_shows_the_defaults(script):
     assert shown.strip() == defaults_table(importlib.import_module(script).Config)
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("script", ["c2f", "fada"])                # the loader is common; one alters images in it
 def test_a_damaged_image_ends_the_run_and_its_workers(script, city, tmp_path):
     shutil.copytree(city, tmp_path / "data")
     for image in (tmp_path / "data/gta5/images").iterdir():

@@ -66,21 +66,23 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-import torchvision
 from torch import Tensor, nn
 from torch.utils.data import Dataset
+from torchvision import models
 from torchvision.models.feature_extraction import create_feature_extractor
 from torchvision.transforms import v2
 
 from c2f import photometric_align
 from common import metrics, toycity
-from common.cli import Size, UserError, command, option, parse, write_atomically
+from common.cli import Size, UserError, command, option, parse
 from common.data import (
     IGNORE,
     IMAGENET_MEAN,
@@ -96,12 +98,13 @@ from common.data import (
     save_label,
 )
 from common.deeplab import at_least_float32, read_weights, resize_label, resnet_features, upsample
-from common.run import Options, Run, check_domains, several_processes, sum_over_processes
-from common.viz import colorize, contact_sheet, denormalise
+from common.run import Options, Run, check_domains, gather_objects, sum_over_processes
+from common.viz import colorize, denormalise
 
 BLOCK = 65_536                                         # features that are worked on at once
 SIZES = {"synthia": Size(2048, 1024)}                  # Sec. 4.2; the others' own
-SCORES = torch.arange(-10_000, 5_000, 0.25)            # edges of the histogram by which --pl-ratio picks delta
+SCORES = torch.linspace(-17, 10, 27_001, dtype=torch.float64).sinh()   # histogram by which --pl-ratio picks delta: 0.1 % wide
+KEPT = ("prototypes.pt", "pseudo_labels.pt", "target_prototypes.pt", "transferability.pt")   # by prepare_selftraining
 
 
 @dataclass
@@ -119,13 +122,15 @@ class Config:
     alignment: str = option("gpa", "global photometric alignment of the source, or none", paper="gpa", section="Sec. 3.5",
                             choices=("gpa", "none"))
     components: int = option(8, "Gaussians a category", paper=8, section="Sec. 3.5", low=1)
-    samples: int = option(300_000, "source features a category to fit them to", paper=300_000, section="Sec. 3.5", low=1)
+    samples: int = option(300_000, "source features a category to fit them to; each takes 1.3 KB", paper=300_000,
+                         section="Sec. 3.5", low=1)
     em_iterations: int = option(100, "EM's iterations, at most", low=1)
     em_tol: float = option(1e-3, "EM stops when the mean log-likelihood rises by less", low=0.0)
     variance_floor: float = option(1e-6, "smallest variance of a Gaussian", low=1e-30)
     assign: str = option("maps", "pseudo labels by Eq. (6), by category anchors, by instant adaptive selector; none",
                          paper="maps", section="Table 3", choices=("maps", "anchors", "ias", "none"))
-    delta: float | None = option(None, "log density from which Eq. (6) labels; automatic: 100, from SYNTHIA -50 (Sec. 4.2)")
+    delta: float | None = option(None, "log density from which Eq. (6) labels; automatic: by --pl-ratio, else 100, from "
+                                 "SYNTHIA -50 (Sec. 4.2)")
     pl_ratio: float | None = option(None, "pick delta so that this share of the target's pixels is labelled", low=0.0, high=1.0)
     anchor_margin: float = option(1.0, "margin of --assign anchors", paper=1.0, section="Table 5", low=0.0)
     stm: bool = option(True, "weigh source pixels by the transferability map", paper=True, section="Sec. 3.4")
@@ -148,7 +153,8 @@ class Config:
     lambda_kl: float = option(1.0, "weight of KL in distillation", low=0.0)
     test_scales: tuple[float, ...] = option((0.7, 1.0, 1.3), "scales of distillation's labels, each also flipped", low=0.1)
     jitter: float = option(0.5, "colour jitter: brightness, contrast, saturation by this, hue by 0.4 of it", low=0.0, high=1.0)
-    lr: float = option(5e-4, "SGD's initial rate", paper=5e-4, section="Sec. 4.2", low=0.0)
+    lr: float = option(5e-4, "SGD's initial rate in the warm-up", paper=5e-4, section="Sec. 4.2", low=0.0)
+    adapt_lr: float = option(5e-4, "SGD's initial rate afterwards", paper=5e-4, section="Sec. 4.2", low=0.0)
     encoder_rate: float = option(1.0, "the encoder's rate as a multiple of --lr", low=0.0)
     momentum: float = option(0.9, "SGD's momentum", paper=0.9, section="Sec. 4.2", low=0.0, high=1.0)
     weight_decay: float = option(5e-4, "SGD's weight decay", paper=5e-4, section="Sec. 4.2", low=0.0)
@@ -168,8 +174,8 @@ class Config:
 # The toy city has no independent encoder, its densities another scale than the paper's, and the teacher hardly any time.
 TOY = dict(data="data/toycity", init="none", backbone="resnet18", source_size=Size(128, 64), target_size=Size(128, 64),
            crop=Size(128, 64), scale=(1.0, 1.5), warmup_batch_size=2, batch_size=2, warmup_iterations=720,
-           selftrain_iterations=300, distill_iterations=300, lr=5e-3, samples=20_000, pl_ratio=0.6, stm_backbone="warmup",
-           stm_samples=20_000, ema=0.99, lambda_consist=1.0, workers=0, amp="bf16", channels_last=True)
+           selftrain_iterations=300, distill_iterations=500, lr=5e-3, adapt_lr=1e-3, samples=20_000, pl_ratio=0.6,
+           stm_backbone="warmup", stm_samples=20_000, ema=0.99, lambda_consist=1.0, workers=0, amp="bf16", channels_last=True)
 
 _OFF = "--no-distill --no-stm --assign none --lambda-consist 0"
 _GPA = "--from {GPA baseline}/warmup.pt"
@@ -190,7 +196,7 @@ RESULTS = {                                            # `make results METHOD=bi
 
 
 class Gmm(NamedTuple):
-    """A mixture of diagonal Gaussians, or one a category with a dimension C in front.
+    """A mixture of diagonal Gaussians; those of all categories have a dimension C in front.
 
     weight (G,), pi; mean (G, D), mu; variance (G, D), the diagonal of Sigma. A weight may be 0: no such component.
     """
@@ -201,13 +207,12 @@ class Gmm(NamedTuple):
 
 
 def component_log_prob(feat: Tensor, gmm: Gmm) -> Tensor:
-    """log pi_k + log N_k(f) of Eq. (5), by two matrix products. Args: feat (M, D).  Returns: (M, G) or (M, C, G)."""
-    weight, mean, variance = gmm.weight.flatten(), gmm.mean.flatten(0, -2), gmm.variance.flatten(0, -2)
-    shift = mean.mean(dim=0)                                                                 # smaller numbers cancel less
-    feat, mean, precision = feat - shift, mean - shift, 1 / variance
+    """log pi_k + log N_k(f) of Eq. (5), by two matrix products. Args: feat (M, D).  Returns: (M, G)."""
+    shift = gmm.mean.mean(dim=0)                                                             # smaller numbers cancel less
+    feat, mean, precision = feat - shift, gmm.mean - shift, 1 / gmm.variance
     square = feat.square() @ precision.T - 2 * feat @ (mean * precision).T + (mean.square() * precision).sum(dim=1)
-    constant = weight.log() - 0.5 * (variance.log().sum(dim=1) + mean.shape[1] * math.log(2 * math.pi))
-    return (constant - 0.5 * square.clamp(min=0)).unflatten(1, gmm.weight.shape)
+    constant = gmm.weight.log() - 0.5 * (gmm.variance.log().sum(dim=1) + mean.shape[1] * math.log(2 * math.pi))
+    return constant - 0.5 * square.clamp(min=0)
 
 
 def log_density(feat: Tensor, gmm: Gmm) -> Tensor:
@@ -216,8 +221,8 @@ def log_density(feat: Tensor, gmm: Gmm) -> Tensor:
     Eq. (4):  p_c(f) = log sum_k pi_ck N_ck(f | mu_ck, Sigma_ck)
     Eq. (5):  N_ck(f) = exp(-1/2 (f - mu)^T Sigma^-1 (f - mu)) / ((2 pi)^(d/2) |Sigma|^(1/2))
 
-    Args: feat (M, D) float; gmm of (G,) or, for all categories at once, (C, G) components.
-    Returns: (M,) or (M, C); -inf for a category without components. No underflow: it is a log-sum-exp.
+    Args: feat (M, D) float; gmm of G components.
+    Returns: (M,); -inf for a mixture without components. No underflow: it is a log-sum-exp.
     """
     return torch.cat([component_log_prob(block, gmm).logsumexp(dim=-1) for block in feat.split(BLOCK)])
 
@@ -233,58 +238,39 @@ def fit_gmm(feat: Tensor, components: int = 8, iterations: int = 100, tol: float
         seed: of the k-means start.
         init: start from this mixture instead.
         variance_floor: smallest variance; held by clamping, under which the likelihood still never falls.
-    Returns: Gmm in feat's dtype. Sums over samples are float64. A component that lost its samples starts again at the sample
+    Returns: Gmm in feat's dtype; sums over samples are float64. A component that lost its samples starts again at the sample
         of lowest density, with the variance of all samples.
     """
     if len(feat) < components and init is None:
-        return pad(fit_gmm(feat, len(feat), iterations, tol, seed, None, variance_floor) if len(feat) else
-                   Gmm(feat.new_zeros(0), feat.new_zeros(0, feat.shape[1]), feat.new_ones(0, feat.shape[1])), components)
-    shift = feat.mean(dim=0, dtype=torch.float64).to(feat.dtype)                              # smaller numbers cancel less
-    overall = sum((block - shift).square().sum(dim=0, dtype=torch.float64) for block in feat.split(BLOCK)) / len(feat)
+        few = fit_gmm(feat, len(feat), iterations, tol, seed, None, variance_floor) if len(feat) else (feat[:, 0], feat, feat)
+        (weight, mean, variance), more = few, components - len(feat)
+        return Gmm(F.pad(weight, (0, more)), F.pad(mean, (0, 0, 0, more)), F.pad(variance, (0, 0, 0, more), value=1.0))
 
-    def maximise(count: Tensor, total: Tensor, square: Tensor) -> Gmm:                        # float64 sums of feat - shift
-        mean = total / count.clamp(min=1e-300)[:, None]
-        variance = square / count.clamp(min=1e-300)[:, None] - mean.square()
-        return Gmm((count / count.sum()).to(feat.dtype), (mean + shift).to(feat.dtype),
-                   variance.clamp(min=variance_floor).to(feat.dtype))
+    def maximise(responsibility: Tensor) -> tuple[Tensor, Gmm]:                               # (M, G)
+        total, square = torch.zeros(2, responsibility.shape[1], feat.shape[1], dtype=torch.float64, device=feat.device)
+        for r, x in zip(responsibility.double().split(BLOCK), feat.split(BLOCK)):
+            total, square = total + r.T @ x.double(), square + r.T @ x.double().square()
+        count = responsibility.sum(dim=0, dtype=torch.float64)
+        n = count.clamp(min=1e-300)[:, None]
+        variance = (square / n - (total / n).square()).clamp(min=variance_floor)
+        return count, Gmm(*(x.to(feat.dtype) for x in (count / count.sum(), total / n, variance)))
 
-    def sums(responsibility) -> list[Tensor]:
-        parts = []
-        for block in feat.split(BLOCK):
-            r, x = responsibility(block), block - shift                                       # (m, G), (m, D)
-            parts.append((r.sum(dim=0, dtype=torch.float64), (r.T @ x).double(), (r.T @ x.square()).double()))
-        return [sum(part) for part in zip(*parts)]
-
-    gmm = init
-    if gmm is None:
-        centers = kmeans(feat, components, seed=seed)
-        gmm = maximise(*sums(lambda x: F.one_hot(nearest_center(x, centers)[1], components).to(feat.dtype)))
-    likelihood = -math.inf
+    if init is None:
+        init = maximise(F.one_hot(nearest_center(feat, kmeans(feat, components, seed=seed))[1], components))[1]
+    gmm, likelihood = init, -math.inf
     for _ in range(iterations):
-        densities = []
-
-        def expect(x: Tensor, gmm=gmm, densities=densities) -> Tensor:
-            log_prob = component_log_prob(x, gmm)                                             # (m, G)
-            densities.append(log_prob.logsumexp(dim=1))
-            return (log_prob - densities[-1][:, None]).exp()                                  # responsibilities
-
-        count, total, square = sums(expect)
-        before, density = likelihood, torch.cat(densities)
-        gmm, likelihood = maximise(count, total, square), density.mean(dtype=torch.float64).item()
+        log_prob = component_log_prob(feat, gmm)                                              # (M, G)
+        density = log_prob.logsumexp(dim=1)                                                   # (M,)
+        before, likelihood = likelihood, density.mean(dtype=torch.float64).item()
+        count, gmm = maximise((log_prob - density[:, None]).exp())
         if count.min() < 1e-6:                                                                # repair it, and go on
             empty, far = int(count.argmin()), int(density.argmin())
             gmm.weight[empty], gmm.mean[empty] = 1 / len(feat), feat[far]
-            gmm.variance[empty] = overall.clamp(min=variance_floor).to(feat.dtype)
+            gmm.variance[empty] = feat.var(dim=0, correction=0).clamp(min=variance_floor)
             gmm.weight.div_(gmm.weight.sum())
         elif likelihood - before < tol:
             break
     return gmm
-
-
-def pad(gmm: Gmm, components: int) -> Gmm:
-    """The same mixture with components of weight 0 up to a number of them."""
-    more = components - len(gmm.weight)
-    return Gmm(F.pad(gmm.weight, (0, more)), F.pad(gmm.mean, (0, 0, 0, more)), F.pad(gmm.variance, (0, 0, 0, more), value=1.0))
 
 
 def correct_label_map(logits: Tensor, label: Tensor) -> Tensor:
@@ -307,29 +293,29 @@ class FeatureSample:
     def __init__(self, num_classes: int, size: int):
         self.size = size
         self.parts: list[list[tuple[Tensor, Tensor]]] = [[] for _ in range(num_classes)]      # (keys, features)
+        self.held = [0] * num_classes
         self.largest = [torch.iinfo(torch.int64).max] * num_classes                           # greater keys cannot enter
 
     def add(self, feat: Tensor, label: Tensor, key: Tensor) -> None:
         """Offer features. Args: feat (M, D); label (M,) int64, 255 ignored; key (M,) int64 of `pixel_keys`."""
         for c in label[label != IGNORE].unique().tolist():
             chosen = (label == c) & (key < self.largest[c])
-            self.parts[c].append((key[chosen].cpu(), feat[chosen].float().cpu()))
-            if sum(len(keys) for keys, _ in self.parts[c]) > 1.25 * self.size:
+            if chosen.any():
+                self.parts[c].append((key[chosen].cpu(), feat[chosen].float().cpu()))
+                self.held[c] += len(self.parts[c][-1][0])
+            if self.held[c] > 1.25 * self.size:
                 self._prune(c)
 
     def _prune(self, c: int) -> None:
         keys, feats = (torch.cat(part) for part in zip(*self.parts[c]))
         order = keys.argsort()[: self.size]
-        self.parts[c] = [(keys[order], feats[order])]
+        self.parts[c], self.held[c] = [(keys[order], feats[order])], len(order)
         if len(order) == self.size:
             self.largest[c] = int(keys[order[-1]])
 
     def features(self, c: int) -> Tensor | None:
         """(n, D) float32, n <= size, in the order of their keys; None if there are none."""
-        if several_processes():
-            everyone: list = [None] * torch.distributed.get_world_size()
-            torch.distributed.all_gather_object(everyone, self.parts[c])
-            self.parts[c] = [part for parts in everyone for part in parts]
+        self.parts[c] = [part for parts in gather_objects(self.parts[c]) for part in parts]
         if not self.parts[c]:
             return None
         self._prune(c)
@@ -448,10 +434,8 @@ def normalised_entropy(entropy: Tensor) -> Tensor:
     Args: entropy (C,), mean entropy of the target pixels predicted as c; NaN for a category that never is.
     Returns: (C,) in [0, 1]; 0 for NaN, and for all where all are equal.
     """
-    seen = entropy[~entropy.isnan()]
-    if not len(seen) or seen.max() == seen.min():
-        return torch.zeros_like(entropy)
-    return ((entropy - seen.min()) / (seen.max() - seen.min())).nan_to_num(0.0)
+    low, high = entropy.nan_to_num(torch.inf).min(), entropy.nan_to_num(-torch.inf).max()
+    return ((entropy - low) / (high - low)).nan_to_num(0.0)                                   # 0 / 0, or a NaN
 
 
 def transferability_map(distance: Tensor, d_mean: float | Tensor, normalised_entropy: Tensor, label: Tensor) -> Tensor:
@@ -471,22 +455,21 @@ def transferability_map(distance: Tensor, d_mean: float | Tensor, normalised_ent
 # ------------------------------------------------------------------------------------------------- the losses
 
 
-def segmentation_loss(logits: Tensor, label: Tensor) -> Tensor:
+def segmentation_loss(logits: Tensor, label: Tensor, weight: Tensor | float = 1.0) -> Tensor:
     """Eq. (2): cross entropy, mean over labelled pixels. Args: logits (N, C, h, w); label (N, H, W) int64, 255 ignored."""
-    loss = F.cross_entropy(upsample(logits, label.shape[-2:]), label, ignore_index=IGNORE, reduction="sum")
-    return loss / (label != IGNORE).sum().clamp(min=1)
+    loss = F.cross_entropy(upsample(logits, label.shape[-2:]), label, ignore_index=IGNORE, reduction="none")
+    return (weight * loss).sum() / (label != IGNORE).sum().clamp(min=1)
 
 
-def reweighted_cross_entropy(logits: Tensor, label: Tensor, weight: Tensor) -> Tensor:
+def reweighted_cross_entropy(logits: Tensor, label: Tensor, weight: Tensor | float) -> Tensor:
     """Cross entropy of source pixels, each weighed by its transferability.
 
     Eq. (10):  L_ce = sum_i sum_c - w_i y_ic log p_ic
 
-    Args: logits (N, C, h, w); label (N, H, W) int64, 255 ignored; weight (N, H, W) in [0, 1].
+    Args: logits (N, C, h, w); label (N, H, W) int64, 255 ignored; weight (N, H, W) in [0, 1], or 1 for all.
     Returns: 0-d, divided by the number of labelled pixels (the paper sums); exactly 0 if there are none.
     """
-    loss = F.cross_entropy(upsample(logits, label.shape[-2:]), label, ignore_index=IGNORE, reduction="none")
-    return (weight * loss).sum() / (label != IGNORE).sum().clamp(min=1)
+    return segmentation_loss(logits, label, weight)
 
 
 def symmetric_cross_entropy(logits: Tensor, pseudo_label: Tensor, alpha: float = 0.1, beta: float = 1.0) -> Tensor:
@@ -569,99 +552,88 @@ def phi(images: Tensor, seeds: list[int], operations: int = 2, strength: float =
 # ------------------------------------------------------------------------- aligned images, prototypes, labels
 
 
-class FixedAlignment:
-    """What the loader's workers do to a source image: align it to a target image, chosen by its seed or, once and for all,
-    by its name."""
-
-    def __init__(self, references: list[Path], size: Size | None, seed: int | None):
-        self.references, self.size, self.seed = references, size, seed
-
-    def __call__(self, image: Tensor, seed: int, name: str) -> Tensor:
-        """(3, H, W) in [0, 1] -> the same, aligned."""
-        chosen = derive_seed(seed, "reference") if self.seed is None else derive_seed(self.seed, name)
-        reference = read_resized(self.references[chosen % len(self.references)], self.size)
-        return photometric_align(image, reference)
+def align(references: list[Path], size: Size | None, fixed: int | None, image: Tensor, seed: int, name: str) -> Tensor:
+    """What the loader's workers do to a source image (3, H, W) in [0, 1]: align it to a target image, chosen by the item's
+    seed or, with a `fixed` seed, once and for all by the image's name."""
+    chosen = derive_seed(seed, "reference") if fixed is None else derive_seed(fixed, name)
+    return photometric_align(image, read_resized(references[chosen % len(references)], size))
 
 
-def independent_encoder(run: Run, cfg: Config, model: nn.Module):
-    """E^, a function: (N, 3, H, W) -> features (N, D, h, w)."""
+def independent_encoder(run: Run, cfg: Config, model: nn.Module) -> Callable[[Tensor], Tensor]:
+    """E^, a function: (1, 3, H, W) -> features (1, D, h, w). Refuses by a UserError what cannot be used."""
     if cfg.stm_backbone == "warmup":
         return lambda x: resnet_features(model.encoder, x)[1]
     try:
-        net = torchvision.models.get_model(cfg.stm_backbone, weights=None if cfg.stm_weights else "DEFAULT")
-        features = create_feature_extractor(net, {cfg.stm_layer: "feat"}).eval().requires_grad_(False)
-    except ValueError as error:
-        raise UserError(f"--stm-backbone {cfg.stm_backbone} --stm-layer {cfg.stm_layer}: torchvision has no such network, or "
-                        "it has no such layer; give others, or --stm-backbone warmup") from error
+        net = models.get_model(cfg.stm_backbone, weights=None if cfg.stm_weights else "IMAGENET1K_V1")
     except Exception as error:                         # a download raises almost anything
-        raise UserError(f"--stm-backbone {cfg.stm_backbone}: its ImageNet weights are not here and did not download "
-                        f"({type(error).__name__}); give --stm-weights PATH, --stm-backbone warmup or --no-stm") from error
+        raise UserError(f"--stm-backbone {cfg.stm_backbone}: torchvision does not know it, or its ImageNet weights are not "
+                        f"here and did not download ({type(error).__name__}); give --stm-weights PATH, or --stm-backbone "
+                        "warmup, or --no-stm") from error
+    try:
+        encoder = run.place(create_feature_extractor(net, {cfg.stm_layer: "feat"}).eval().requires_grad_(False))
+        if encoder(torch.zeros(1, 3, 64, 128, device=run.device))["feat"].dim() != 4:
+            raise ValueError("not a feature map")
+    except Exception as error:
+        raise UserError(f"--stm-layer {cfg.stm_layer} of --stm-backbone {cfg.stm_backbone} gives no feature map (1, D, h, w); "
+                        "give another layer, or --stm-backbone warmup") from error
     if cfg.stm_weights:
-        found, needed = read_weights(cfg.stm_weights), features.state_dict()
-        if misfits := [k for k, v in needed.items() if k not in found or found[k].shape != v.shape]:
-            raise UserError(f"--stm-weights {cfg.stm_weights} lacks {len(misfits)} keys of {cfg.stm_backbone} ({misfits[0]}, "
+        found, needed = read_weights(cfg.stm_weights, "--stm-weights"), encoder.state_dict()
+        fitting = {k: v for k, v in found.items() if k in needed and v.shape == needed[k].shape}
+        if missing := encoder.load_state_dict(fitting, strict=False).missing_keys:
+            raise UserError(f"--stm-weights {cfg.stm_weights} lacks {len(missing)} keys of {cfg.stm_backbone} ({missing[0]}, "
                             "...) or has them in another shape; give weights of this network in torchvision's names")
-        features.load_state_dict({k: found[k] for k in needed})
-    run.place(features)
-    return lambda x: features(x)["feat"]
+    return lambda x: encoder(x)["feat"]
 
 
 def class_scores(feat: Tensor, gmms: Gmm) -> Tensor:
-    """p_c(f) of a feature map (N, D, h, w) under all categories' mixtures: (N, C, h, w), finite."""
-    flat = at_least_float32(feat).movedim(1, -1).flatten(0, 2)
-    return log_density(flat, gmms).view(len(feat), *feat.shape[2:], -1).movedim(-1, 1).clamp(min=-1e30)
+    """p_c(f) of a feature map (N, D, h, w) under each category's mixture: (N, C, h, w), finite."""
+    flat = at_least_float32(feat).movedim(1, -1).flatten(0, 2)                                # (N h w, D)
+    scores = torch.stack([log_density(flat, Gmm(*gmm)) for gmm in zip(*gmms)], dim=-1)        # one shift each: exact
+    return scores.view(len(feat), *feat.shape[2:], -1).movedim(-1, 1).clamp(min=-1e30)
 
 
-@torch.no_grad()
 def fit_prototypes(run: Run, cfg: Config, model: nn.Module, source: Dataset, num_classes: int) -> dict[str, Tensor]:
     """Eq. (3) over the aligned source set in one pass, then a mixture a category: weight (C, G), mean and variance (C, G, D),
     anchor (C, D), count (C,) of samples."""
     sample = FeatureSample(num_classes, cfg.samples)
-    model.eval()
     for x, y, (name,) in run.sweep("source features", source, shared=True):
         with run.autocast():
             feat, logits = model(x)                                                           # (1, D, h, w), (1, C, h, w)
         label = correct_label_map(logits, resize_label(y, logits.shape[-2:])).flatten()
         sample.add(feat[0].flatten(1).T, label, pixel_keys(run.options.seed, name, len(label)).to(label.device))
-    model.train()
     gmms, anchors, counts = [], [], []
     for c in range(num_classes):
         feat = sample.features(c)
-        counts.append(0 if feat is None else len(feat))
         feat = torch.empty(0, model.feat_channels) if feat is None else feat
-        gmms.append(fit_gmm(feat.to(run.device), cfg.components, cfg.em_iterations, cfg.em_tol,
+        gmms.append(fit_gmm(feat.to(run.float64_device), cfg.components, cfg.em_iterations, cfg.em_tol,
                             derive_seed(run.options.seed, "gmm", c), variance_floor=cfg.variance_floor))
         anchors.append(feat.double().mean(dim=0).float())                                     # NaN without samples
+        counts.append(len(feat))
     weight, mean, variance = (torch.stack(part).cpu() for part in zip(*gmms))
     return {"weight": weight, "mean": mean, "variance": variance, "anchor": torch.stack(anchors), "count": torch.tensor(counts)}
 
 
-@torch.no_grad()
 def choose_delta(run: Run, cfg: Config, model: nn.Module, gmms: Gmm, target: SegmentationDataset) -> float:
-    """delta: as given, the paper's, or by --pl-ratio from a histogram of the best log density of every target pixel."""
-    if cfg.pl_ratio is None or cfg.assign != "maps":
+    """delta: as given, or by --pl-ratio from a histogram of the best log density of every target pixel, or the paper's."""
+    if cfg.delta is not None or cfg.pl_ratio is None:
         return cfg.delta if cfg.delta is not None else {"synthia": -50.0}.get(cfg.source, 100.0)
     histogram = torch.zeros(len(SCORES), dtype=torch.int64)
-    model.eval()
     for x, *_ in run.sweep("densities", target, shared=True):
         with run.autocast():
             feat, _ = model(x)
-        best = upsample(class_scores(feat, gmms), x.shape[-2:]).amax(dim=1).flatten().cpu()
+        best = upsample(class_scores(feat, gmms), x.shape[-2:]).amax(dim=1).flatten().cpu().double()
         histogram += (torch.bucketize(best, SCORES, right=True) - 1).clamp(min=0).bincount(minlength=len(SCORES))
-    model.train()
-    histogram = histogram.to(run.device)
     sum_over_processes(histogram)
-    return delta_for_ratio(histogram.cpu(), cfg.pl_ratio)
+    return delta_for_ratio(histogram, cfg.pl_ratio)
 
 
-@torch.no_grad()
 def label_target(run: Run, cfg: Config, model: nn.Module, gmms: Gmm, anchors: Tensor, delta: float, target: SegmentationDataset,
-                 folder: Path, classes: ClassList) -> None:
-    """Write the pseudo labels of the target set, and report what share of its pixels they are: Table 5's PL ratio."""
-    labelled, pixels = torch.zeros(len(classes), dtype=torch.int64), 0
-    theta = torch.full((len(classes),), 0.9)
-    model.eval()
-    for x, _, (name,) in run.sweep("pseudo labels", target, shared=cfg.assign != "ias"):      # IAS goes image by image
+                 folder: Path, num_classes: int) -> dict[str, Tensor]:
+    """Write the pseudo labels of the target set. Returns: pixels labelled as each category (C,), and all pixels."""
+    labelled, pixels = torch.zeros(num_classes, dtype=torch.int64), torch.zeros((), dtype=torch.int64)
+    theta = torch.full((num_classes,), 0.9)
+    everyone_has_all = cfg.assign == "ias"                                                    # it goes image by image
+    for x, _, (name,) in run.sweep("pseudo labels", target, shared=not everyone_has_all):
         with run.autocast():
             feat, logits = model(x)                                                           # (1, D, h, w), (1, C, h, w)
         if cfg.assign == "maps":
@@ -672,78 +644,72 @@ def label_target(run: Run, cfg: Config, model: nn.Module, gmms: Gmm, anchors: Te
             confidence, label = upsample(logits, x.shape[-2:]).softmax(dim=1).max(dim=1)      # (1, H, W) each
             theta = ias_thresholds(theta, confidence[0].cpu(), label[0].cpu())
             label = label.masked_fill(confidence <= theta.to(label.device)[label], IGNORE)
-        labelled += label[label != IGNORE].cpu().bincount(minlength=len(classes))
+        labelled += label[label != IGNORE].cpu().bincount(minlength=num_classes)
         pixels += label.numel()
         save_label(folder / f"{name}.png", label[0])
-    model.train()
-    total = torch.cat([labelled, torch.tensor([pixels])]).to(run.device)
-    if cfg.assign != "ias":
-        sum_over_processes(total)
-    percent = (100 * total[:-1] / total[-1]).tolist()
-    print("\npseudo labels of the target, in percent of its pixels (PL ratio)")
-    for c, share in [*zip(classes.names, percent), ("all", sum(percent))]:
-        print(f"{c:<16}{share:8.2f}")
-    run.log(stage="selftrain", iteration=0, delta=delta, pl_ratio=dict(zip(classes.names, percent)))
+    if not everyone_has_all:
+        sum_over_processes(labelled, pixels)
+    return {"labelled": labelled, "pixels": pixels}
 
 
-@torch.no_grad()
 def category_entropy(run: Run, model: nn.Module, target: SegmentationDataset, num_classes: int) -> Tensor:
-    """e_c of Eq. (8): mean entropy of the target pixels that the warm-up model predicts as c, (C,); NaN if none is."""
+    """e_c (C,): mean entropy of the warm-up model on the target pixels that it predicts as c; NaN where there are none."""
     entropy, count = torch.zeros(2, num_classes, dtype=torch.float64)
-    model.eval()
     for x, *_ in run.sweep("entropies", target, shared=True):
         with run.autocast():
             _, logits = model(x)                                                              # (1, C, h, w)
         log_p = at_least_float32(logits).log_softmax(dim=1)
         own = log_p.argmax(dim=1).flatten().cpu()
-        entropy.index_add_(0, own, -(log_p.exp() * log_p).sum(dim=1).flatten().double().cpu())
+        entropy.index_add_(0, own, -(log_p.exp() * log_p).sum(dim=1).flatten().cpu().double())
         count += own.bincount(minlength=num_classes)
-    model.train()
-    total = torch.stack([entropy, count]).to(run.device)
-    sum_over_processes(total)
-    return (total[0] / total[1]).cpu()
+    sum_over_processes(entropy, count)
+    return entropy / count
 
 
-@torch.no_grad()
-def write_transferability(run: Run, cfg: Config, model: nn.Module, entropy: Tensor, source: Dataset,
-                          target: SegmentationDataset, folder: Path) -> None:
-    """Sec. 3.4: cluster the target's features of E^, then write w of every source image as an 8-bit map."""
-    encoder, sample = independent_encoder(run, cfg, model), FeatureSample(1, cfg.stm_samples)
-    model.eval()
+def encoded(run: Run, encoder, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
+    """E^'s features of an image (1, 3, H, W) as (h w, D), and (h, w)."""
+    with run.autocast():
+        feat = at_least_float32(encoder(x))                                                   # (1, D, h, w)
+    return feat[0].flatten(1).T, tuple(feat.shape[-2:])
 
-    def features(x: Tensor) -> tuple[Tensor, tuple[int, int]]:                                # (h w, D), (h, w)
-        with run.autocast():
-            feat = at_least_float32(encoder(x))                                               # (1, D, h, w)
-        return feat[0].flatten(1).T, tuple(feat.shape[-2:])
 
+def cluster_target(run: Run, cfg: Config, encoder, source: Dataset, target: SegmentationDataset) -> dict[str, Tensor]:
+    """Sec. 3.4: prototypes (J, D) of the target's features of E^, and d_mean, the source features' mean distance to them."""
+    sample = FeatureSample(1, cfg.stm_samples)
     for x, _, (name,) in run.sweep("target features", target, shared=True):
-        feat, _ = features(x)
-        sample.add(feat, torch.zeros(len(feat), dtype=torch.int64, device=feat.device),
+        feat, _ = encoded(run, encoder, x)
+        sample.add(feat, feat.new_zeros(len(feat), dtype=torch.int64),
                    pixel_keys(run.options.seed, name, len(feat)).to(feat.device))
-    prototypes = kmeans(sample.features(0).to(run.device), cfg.J, seed=derive_seed(run.options.seed, "kmeans"))
-    write_atomically(folder.parent / "target_prototypes.pt", lambda file: torch.save(prototypes.cpu(), file))
-
-    total = torch.zeros(2, dtype=torch.float64)
+    prototypes = kmeans(sample.features(0).to(run.float64_device), cfg.J, seed=derive_seed(run.options.seed, "kmeans"))
+    prototypes = prototypes.to(run.device)
+    total, count = torch.zeros(2, dtype=torch.float64)
     for x, *_ in run.sweep("distances", source, shared=True):
-        distance = target_distance(features(x)[0], prototypes)
-        total += torch.tensor([float(distance.double().sum()), len(distance)], dtype=torch.float64)
-    total = total.to(run.device)
-    sum_over_processes(total)
-    d_mean, e = float(total[0] / total[1]), normalised_entropy(entropy).float().to(run.device)
+        distance = target_distance(encoded(run, encoder, x)[0], prototypes)
+        total, count = total + distance.cpu().double().sum(), count + len(distance)
+    sum_over_processes(total, count)
+    return {"prototypes": prototypes.cpu(), "d_mean": (total / count).clamp(min=1e-12)}
+
+
+def write_transferability(run: Run, encoder, prototypes: Tensor, d_mean: float, e: Tensor, source: Dataset,
+                          folder: Path) -> dict[str, Tensor]:
+    """Write w of every source image as an 8-bit map. Returns: sum of w and number of labelled pixels a category, each (C,)."""
+    total, count = torch.zeros(2, len(e), dtype=torch.float64)
     for x, y, (name,) in run.sweep("transferability", source, shared=True):
-        feat, size = features(x)
+        feat, size = encoded(run, encoder, x)
         distance = upsample(target_distance(feat, prototypes).view(1, 1, *size), y.shape[-2:])[:, 0]
-        w = transferability_map(distance, max(d_mean, 1e-12), e, y)                           # (1, H, W)
+        w = transferability_map(distance, d_mean, e, y)                                       # (1, H, W)
+        labels = y[y != IGNORE].cpu()
+        total.index_add_(0, labels, w[y != IGNORE].cpu().double())
+        count += labels.bincount(minlength=len(e))
         save_label(folder / f"{name}.png", (255 * w[0]).round())
-    model.train()
+    sum_over_processes(total, count)
+    return {"total": total, "count": count}
 
 
-@torch.no_grad()
 def draw_labels(run: Run, cfg: Config, model: nn.Module, gmms: Gmm, anchors: Tensor, delta: float, target: SegmentationDataset,
                 classes: ClassList) -> None:
     """A picture: target image, and its pseudo labels by anchors, by confidence above 0.9, and by MAPs."""
     rows = []
-    model.eval()
     for i in range(0, len(target), max(1, len(target) // 4))[:4]:
         image = target[i][0]
         with run.autocast():
@@ -753,9 +719,7 @@ def draw_labels(run: Run, cfg: Config, model: nn.Module, gmms: Gmm, anchors: Ten
         by_confidence = by_confidence.masked_fill(confidence <= 0.9, IGNORE)
         by_maps = map_pseudo_labels(upsample(class_scores(feat, gmms), image.shape[-2:]), delta)
         rows.append([denormalise(image), *(colorize(label[0].cpu(), classes) for label in (by_anchor, by_confidence, by_maps))])
-    model.train()
-    contact_sheet(run.folder / "labels.png", rows, ["target", "by anchors", "by confidence", "by MAPs"])
-    print(f"pictures: {run.folder / 'labels.png'}", flush=True)
+    run.draw("labels.png", rows, ["target", "by anchors", "by confidence", "by MAPs"])
 
 
 def draw_transferability(run: Run, source: Dataset, folder: Path) -> None:
@@ -765,48 +729,66 @@ def draw_transferability(run: Run, source: Dataset, folder: Path) -> None:
         image, _, name, *_ = source[i]
         photo, w = denormalise(image), read_image(folder / f"{name}.png").permute(1, 2, 0).numpy()
         rows.append([photo, w, (photo * (w / 255)).astype("uint8")])
-    contact_sheet(run.folder / "transferability.png", rows, ["source", "transferability", "weighed by it"])
-    print(f"pictures: {run.folder / 'transferability.png'}", flush=True)
+    run.draw("transferability.png", rows, ["source", "transferability", "weighed by it"])
 
 
+def report(title: str, names: tuple[str, ...], shares: Tensor) -> dict[str, float]:
+    """Print one number a category; return those that there are."""
+    print(f"\n{title}")
+    for name, share in zip(names, shares.tolist(), strict=True):
+        print(f"{name:<16}" + ("-".rjust(8) if math.isnan(share) else f"{share:8.2f}"), flush=True)
+    return {name: share for name, share in zip(names, shares.tolist()) if not math.isnan(share)}
+
+
+@torch.no_grad()
 def prepare_selftraining(run: Run, cfg: Config, model: nn.Module, source: Dataset, target: SegmentationDataset,
                          classes: ClassList) -> None:
-    """Prototypes, pseudo labels and transferability maps from the warm-up model, once."""
+    """Prototypes, pseudo labels and transferability maps from the warm-up model; what an earlier start computed is kept."""
     run.prepare("selftrain")
+    model.eval()
     if cfg.assign != "none":
-        path = run.folder / "prototypes.pt"
-        if not path.exists():                                                                 # finished before a kill: keep
-            prototypes = fit_prototypes(run, cfg, model, source, len(classes))
-            write_atomically(path, lambda file: torch.save(prototypes, file))
-        kept = {key: value.to(run.device) for key, value in torch.load(path, weights_only=True).items()}
-        run.log(stage="selftrain", iteration=0, samples=dict(zip(classes.names, kept["count"].tolist())))
-        gmms, anchors = Gmm(kept["weight"], kept["mean"], kept["variance"]), kept["anchor"]
+        found = run.once(KEPT[0], lambda: fit_prototypes(run, cfg, model, source, len(classes)))
+        run.log(stage="selftrain", iteration=0, samples=dict(zip(classes.names, found["count"].tolist())))
+        *gmms, anchors = (found[key].to(run.device) for key in ("weight", "mean", "variance", "anchor"))
+        gmms = Gmm(*gmms)
         delta = choose_delta(run, cfg, model, gmms, target)
-        label_target(run, cfg, model, gmms, anchors, delta, target, run.folder / "pseudo_labels", classes)
+        made = run.once(KEPT[1], lambda: label_target(run, cfg, model, gmms, anchors, delta, target,
+                                                      run.folder / "pseudo_labels", len(classes)))
+        percent = 100 * torch.cat([made["labelled"], made["labelled"].sum(dim=0, keepdim=True)]) / made["pixels"]
+        ratio = report("pseudo labels of the target, in percent of its pixels (PL ratio)", (*classes.names, "all"), percent)
+        run.log(stage="selftrain", iteration=0, delta=delta, pl_ratio=ratio)
         draw_labels(run, cfg, model, gmms, anchors, delta, target, classes)
     if cfg.stm:
-        entropy = category_entropy(run, model, target, len(classes))
-        write_transferability(run, cfg, model, entropy, source, target, run.folder / "transferability")
-        draw_transferability(run, source, run.folder / "transferability")
+        encoder, folder = independent_encoder(run, cfg, model), run.folder / "transferability"
+        found = run.once(KEPT[2], lambda: {"entropy": category_entropy(run, model, target, len(classes)),
+                                           **cluster_target(run, cfg, encoder, source, target)})
+        e = normalised_entropy(found["entropy"]).float().to(run.device)
+        w = run.once(KEPT[3], lambda: write_transferability(run, encoder, found["prototypes"].to(run.device),
+                                                            found["d_mean"].item(), e, source, folder))
+        mean = report("mean transferability of the source's pixels", classes.names, w["total"] / w["count"])
+        run.log(stage="selftrain", iteration=0, entropy=found["entropy"].tolist(), transferability=mean)
+        draw_transferability(run, source, folder)
+    model.train()
 
 
 # ------------------------------------------------------------------------------------------------- the stages
 
 
-def sgd(model: nn.Module, cfg: Config) -> torch.optim.SGD:
+def sgd(model: nn.Module, cfg: Config, lr: float) -> torch.optim.SGD:
     """Sec. 4.2's optimizer."""
-    return torch.optim.SGD(model.parameter_groups(cfg.lr, cfg.encoder_rate), lr=cfg.lr, momentum=cfg.momentum,
+    return torch.optim.SGD(model.parameter_groups(lr, cfg.encoder_rate), lr=lr, momentum=cfg.momentum,
                            weight_decay=cfg.weight_decay)
 
 
 def warm_up(run: Run, cfg: Config, model: nn.Module, source: SegmentationDataset, iterations: int) -> None:
     """Eq. (2) on the aligned source."""
-    optimizer = sgd(model, cfg)
+    optimizer = sgd(model, cfg, cfg.lr)
     state = {"model": model, "optimizer": optimizer}
+    model = run.parallel(model)
     for _, (x, y) in run.stage("warmup", iterations, state, source, batch_size=cfg.warmup_batch_size):
         with run.autocast():
             _, logits = model(x)                                                              # (N, C, h, w)
-        loss = segmentation_loss(logits, y)
+        loss = segmentation_loss(logits, y) * run.share(y != IGNORE)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -816,19 +798,20 @@ def warm_up(run: Run, cfg: Config, model: nn.Module, source: SegmentationDataset
 def self_train(run: Run, cfg: Config, model: nn.Module, source: SegmentationDataset, target: SegmentationDataset) -> None:
     """Eq. (13): L = L_ce + L_sce + lambda L_consist."""
     teacher = copy.deepcopy(model).requires_grad_(False).eval()
-    optimizer = sgd(model, cfg)
+    optimizer = sgd(model, cfg, cfg.adapt_lr)
     state = {"model": model, "teacher": teacher, "optimizer": optimizer}
+    model = run.parallel(model)
     for it, (x_s, y_s, *w), (x_t, *_, y_hat) in run.stage("selftrain", cfg.selftrain_iterations, state, source, target,
                                                           batch_size=cfg.batch_size):
         with run.autocast():
             _, logits_s = model(x_s)                                                          # (N, C, h, w)
             _, logits_t = model(x_t)
-        weight = w[0] / 255 if w else torch.ones_like(y_s, dtype=torch.float32)               # (N, H, W)
-        ce = reweighted_cross_entropy(logits_s, y_s, weight)                                  # Eq. (10)
-        sce = symmetric_cross_entropy(logits_t, y_hat, cfg.alpha, cfg.beta)                   # Eq. (11); y^ 255: no labels
+        weight = w[0] / 255 if w else 1.0                                                     # (N, H, W)
+        ce = reweighted_cross_entropy(logits_s, y_s, weight) * run.share(y_s != IGNORE)       # Eq. (10)
+        sce = symmetric_cross_entropy(logits_t, y_hat, cfg.alpha, cfg.beta) * run.share(y_hat != IGNORE)   # Eq. (11)
         consist = torch.zeros_like(ce)
         if cfg.lambda_consist:
-            seeds = [derive_seed(run.options.seed, "phi", it, n) for n in range(len(x_t))]
+            seeds = run.item_seeds(len(x_t), "phi", it)
             x_phi, kept = phi(x_t, seeds, cfg.phi_operations, cfg.phi_strength, cfg.cutout)
             with run.autocast():
                 if cfg.augment == "student":
@@ -836,7 +819,7 @@ def self_train(run: Run, cfg: Config, model: nn.Module, source: SegmentationData
                 with torch.no_grad():
                     _, logits_teacher = teacher(x_phi if cfg.augment == "teacher" else x_t)
             mask = resize_label(kept.long(), logits_t.shape[-2:]).bool()
-            consist = consistency_loss(logits_t, logits_teacher, mask)                        # Eq. (12)
+            consist = consistency_loss(logits_t, logits_teacher, mask) * run.share(mask)      # Eq. (12)
         loss = ce + sce + cfg.lambda_consist * consist                                        # Eq. (13)
 
         optimizer.zero_grad()
@@ -861,8 +844,9 @@ def distill(run: Run, cfg: Config, stage: str, student: nn.Module, previous: nn.
             target: SegmentationDataset) -> None:
     """A round of distillation [40]: weighted source, hard labels and KL of the model before."""
     previous.requires_grad_(False).eval()
-    optimizer = sgd(student, cfg)
+    optimizer = sgd(student, cfg, cfg.adapt_lr)
     state = {"model": student, "optimizer": optimizer}
+    student = run.parallel(student)
     for _, (x_s, y_s, *w), (x_t, *_, y_hat) in run.stage(stage, cfg.distill_iterations, state, source, target,
                                                          batch_size=cfg.batch_size):
         with run.autocast():
@@ -870,9 +854,8 @@ def distill(run: Run, cfg: Config, stage: str, student: nn.Module, previous: nn.
             _, logits_t = student(x_t)
             with torch.no_grad():
                 _, logits_previous = previous(x_t)
-        weight = w[0] / 255 if w else torch.ones_like(y_s, dtype=torch.float32)
-        ce = reweighted_cross_entropy(logits_s, y_s, weight)
-        sce = symmetric_cross_entropy(logits_t, y_hat, cfg.alpha, cfg.beta)
+        ce = reweighted_cross_entropy(logits_s, y_s, w[0] / 255 if w else 1.0) * run.share(y_s != IGNORE)
+        sce = symmetric_cross_entropy(logits_t, y_hat, cfg.alpha, cfg.beta) * run.share(y_hat != IGNORE)
         kl = consistency_loss(logits_t, logits_previous)
         loss = ce + sce + cfg.lambda_kl * kl
 
@@ -887,8 +870,10 @@ def check(cfg: Config, options: Options) -> None:
     if len(cfg.scale) != 2 or cfg.scale[0] > cfg.scale[1]:
         raise UserError(f"--scale {' '.join(map(str, cfg.scale))} is no range: give the smallest and the largest factor")
     check_domains(cfg, options, "warmup", [cfg.source_size, cfg.target_size], cfg.scale[1])
-    if cfg.delta is not None and cfg.pl_ratio is not None:
-        raise UserError("--delta and --pl-ratio both say how many pixels are labelled: give one of them")
+    if cfg.delta is not None and cfg.assign != "maps":
+        raise UserError(f"--delta is the threshold of --assign maps, not of --assign {cfg.assign}: leave it out")
+    if cfg.stm_weights and cfg.stm_backbone == "warmup":
+        raise UserError("--stm-weights are for a network of torchvision's: name it by --stm-backbone and --stm-layer")
 
 
 @command
@@ -911,7 +896,7 @@ def main(argv: list[str] | None = None) -> None:
     augment = Augment(scale=(cfg.scale[0], cfg.scale[1]), crop=cfg.crop, jitter=cfg.jitter)
     target = run.images(cfg.target, "train", classes, sizes, labels=False, augment=augment)
     references, aligns = [pair.image for pair in target.pairs], cfg.alignment == "gpa" and not options.target_labels
-    each_time, once = (FixedAlignment(references, cfg.target_size, seed) if aligns else None
+    each_time, once = (partial(align, references, cfg.target_size, seed) if aligns else None
                        for seed in (None, derive_seed(options.seed, "alignment")))
     labelled = cfg.target if options.target_labels else cfg.source
     source = run.images(labelled, "train", classes, sizes, augment=augment, alter=each_time)
@@ -919,10 +904,13 @@ def main(argv: list[str] | None = None) -> None:
     whole = OneVersion(run.images(labelled, "train", classes, sizes, alter=once), 0)
 
     model = run.network("v3+", classes)
-    if cfg.stm and run.trains("selftrain"):
+    prepares = run.trains("selftrain") and not run.begun("selftrain")
+    if cfg.stm and prepares:
         independent_encoder(run, cfg, model)                                                  # refuse it now, not later
     run.start_from(model)
     run.watch(model, test, classes)
+    if run.trains("warmup"):
+        run.forget(*KEPT)                                                                     # what an earlier one led to
     # An upper bound has to be trained as long as what it bounds.
     warm_up(run, cfg, model, source, cfg.warmup_iterations + options.target_labels * cfg.selftrain_iterations)
     run.evaluate("warmup", model, test, classes, tests)
@@ -930,25 +918,29 @@ def main(argv: list[str] | None = None) -> None:
     if run.reaches("selftrain"):
         model.freeze_bn(cfg.adapt_freeze_bn)
         pseudo_labelled = target
-        if run.trains("selftrain") and not run.begun("selftrain") and (cfg.stm or cfg.assign != "none"):
+        if prepares and (cfg.stm or cfg.assign != "none"):
             prepare_selftraining(run, cfg, model, whole, target, classes)
-        if cfg.stm and any(map(run.trains, run.stages[1:])):
-            fixed = fixed.with_maps(run.folder / "transferability")
         if cfg.assign != "none" and run.trains("selftrain"):
             pseudo_labelled = target.with_maps(run.folder / "pseudo_labels")
+    if cfg.stm and any(map(run.trains, run.stages[1:])):
+        maps = (run.folder if run.reaches("selftrain") else Path(options.from_).parent) / "transferability"
+        if not maps.is_dir():
+            raise UserError(f"{maps} is not there: --from has no transferability maps beside it; add --no-stm")
+        fixed = fixed.with_maps(maps)
+    if run.reaches("selftrain"):
         self_train(run, cfg, model, fixed, pseudo_labelled)
         run.evaluate("selftrain", model, test, classes, tests)
 
     for stage in run.stages[2:]:
         if run.reaches(stage):
-            folder, previous = run.folder / stage, model
+            previous, pseudo_labelled = model, target
             if run.trains(stage):
                 if not run.begun(stage):
-                    write_hard_labels(run, cfg, stage, previous, target, folder)
-                pseudo_labelled = target.with_maps(folder)
+                    write_hard_labels(run, cfg, stage, previous, target, run.folder / stage)
+                pseudo_labelled = target.with_maps(run.folder / stage)
             model = run.network("v3+", classes)                              # a fresh student
             run.watch(model, test, classes)
-            distill(run, cfg, stage, model, previous, fixed, pseudo_labelled if run.trains(stage) else target)
+            distill(run, cfg, stage, model, previous, fixed, pseudo_labelled)
             run.evaluate(stage, model, test, classes, tests)
 
 

@@ -89,7 +89,7 @@ from common.data import (
 )
 from common.deeplab import at_least_float32, resize_label, upsample
 from common.run import Options, Run, check_domains, sum_over_processes
-from common.viz import contact_sheet, denormalise
+from common.viz import denormalise
 
 BINS = 250                                             # of confidences; 0.9 is an edge of a bin
 
@@ -412,6 +412,11 @@ def category_centers(sum: Tensor, count: Tensor) -> Tensor:  # noqa: A002
     return mean / mean.norm(dim=1, keepdim=True)
 
 
+def centered(label: Tensor, centers: Tensor) -> Tensor:
+    """Bool, where a label (N, h, w) is a category that has a centre: not where it is 255, nor where the centre is NaN."""
+    return (label != IGNORE) & ~centers.isnan().any(dim=1)[label.clamp(max=len(centers) - 1)]
+
+
 def triplet_loss(feat: Tensor, label: Tensor, centers: Tensor, margin: float = 0.2, negatives: str = "nearest") -> Tensor:
     """Hold every feature closer to its own category's centre than to the others'.
 
@@ -428,13 +433,13 @@ def triplet_loss(feat: Tensor, label: Tensor, centers: Tensor, margin: float = 0
     if negatives not in ("nearest", "all"):
         raise ValueError(f'negatives is "nearest" or "all", not {negatives!r}')
     absent = centers.isnan().any(dim=1)                                                       # (K,)
+    valid = centered(label, centers)                                                          # (N, h, w)
     x = F.normalize(at_least_float32(feat), dim=1, eps=1e-4)                                  # (N, D, h, w), G(x)
     centers = centers.nan_to_num().to(x.dtype)
     dot = (centers @ x.flatten(2)).unflatten(2, x.shape[2:])                                  # (N, K, h, w)
     square = x.square().sum(dim=1, keepdim=True) + centers.square().sum(dim=1)[:, None, None] - 2 * dot
     distance = square.clamp(min=1e-12).sqrt()                                                 # (N, K, h, w)
 
-    valid = (label != IGNORE) & ~absent[label.clamp(max=len(centers) - 1)]                    # (N, h, w)
     own = torch.where(valid, label, 0)[:, None]                                               # (N, 1, h, w)
     classes = torch.arange(len(centers), device=label.device)[:, None, None]
     violation = (distance.gather(1, own) - distance + margin).clamp(min=0)                    # (N, K, h, w)
@@ -478,7 +483,7 @@ class Alignment:
         return align_by_frequency(image, reference, cfg.window)
 
 
-def draw_alignments(path: Path, cfg: Config, source: SegmentationDataset, target: SegmentationDataset) -> None:
+def draw_alignments(run: Run, cfg: Config, source: SegmentationDataset, target: SegmentationDataset) -> None:
     """A picture: source, reference, and the source by each alignment of Table 4."""
     aligners = {"aligned (gpa)": lambda m, n: photometric_align(m, n, cfg.beta),
                 "gamma on all": lambda m, n: align_by_gamma(m, n, cfg.beta), "histogram on all": align_by_histogram,
@@ -488,7 +493,7 @@ def draw_alignments(path: Path, cfg: Config, source: SegmentationDataset, target
         pair = [denormalise(data[k * len(data) // 4][0]) for data in (source, target)]        # (H, W, 3) uint8
         m, n = (torch.from_numpy(image).permute(2, 0, 1) / 255 for image in pair)
         rows.append([*pair, *((align(m, n) * 255).round().byte().permute(1, 2, 0).numpy() for align in aligners.values())])
-    contact_sheet(path, rows, ["source", "reference", *aligners], width=256)
+    run.draw("alignment.png", rows, ["source", "reference", *aligners], width=256)
 
 
 def tau(images: Tensor, strength: float, seeds: list[int]) -> Tensor:
@@ -518,7 +523,7 @@ def valid_labels(label: Tensor, confidence_bin: Tensor, thresholds: Tensor) -> T
 @torch.no_grad()
 def source_centers(run: Run, model: nn.Module, aligned: Dataset, num_classes: int) -> Tensor:
     """Eq. (3) over the aligned source set, in one pass: (K, D) float32."""
-    where = torch.device("cpu") if run.device.type == "mps" else run.device                   # mps has no float64
+    where = run.float64_device
     total = torch.zeros(num_classes, model.feat_channels, dtype=torch.float64, device=where)
     count = torch.zeros(num_classes, dtype=torch.int64, device=where)
     model.eval()
@@ -559,7 +564,7 @@ def prepare_step(run: Run, cfg: Config, i: int, model: nn.Module, aligned: Datas
     histogram = label_target(run, model, target, folder, len(classes))
     thresholds = category_thresholds(histogram, cfg.P_h, cfg.p)
     kept = {"centers": centers.cpu(), "thresholds": thresholds.float().cpu()}
-    write_atomically(folder / "state.pt", lambda file: torch.save(kept, file))
+    run.keep(f"{name}/state.pt", kept)
 
     bins = torch.arange(BINS, device=histogram.device)
     valid = (histogram * (bins >= first_valid_bin(thresholds)[:, None])).sum(dim=1)
@@ -587,10 +592,11 @@ def train_step0(run: Run, cfg: Config, model: nn.Module, source: SegmentationDat
     """Step 0: T_0 on tau(M') by L_seg."""
     optimizer = sgd(model, cfg, cfg.lr)
     state = {"model": model, "optimizer": optimizer}
+    model = run.parallel(model)
     for _, (x, y) in run.stage("step0", iterations, state, source, batch_size=cfg.batch_size):
         with run.autocast():
             _, logits = model(x)                                                              # (N, K, h, w)
-        loss = segmentation_loss(logits, y)
+        loss = segmentation_loss(logits, y) * run.share(y != IGNORE)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -602,21 +608,26 @@ def train_step(run: Run, cfg: Config, i: int, model: nn.Module, centers: Tensor,
     """Steps 1 to K: from T_{i-1} to T_i by L_seg + L_triplet + L_consist, with fixed centres and pseudo labels."""
     optimizer = sgd(model, cfg, cfg.step_lr)
     state = {"model": model, "optimizer": optimizer}
+    model = run.parallel(model)
     for it, (x_s, y_s), (x_t, _, y_t, confidence) in run.stage(f"step{i}", cfg.step_iterations, state, source, target,
                                                                batch_size=cfg.batch_size):
         y_t = valid_labels(y_t, confidence, thresholds)                                       # (N, H, W)
-        x_tau = tau(x_t, cfg.jitter, [derive_seed(run.options.seed, "tau", i, it, n) for n in range(len(x_t))])
+        x_tau = tau(x_t, cfg.jitter, run.item_seeds(len(x_t), "tau", i, it))
         with run.autocast():
             feat_s, logits_s = model(x_s)                                                     # (N, D, h, w), (N, K, h, w)
             feat_t, logits_t = model(x_t)
             _, logits_tau = model(x_tau)
 
-        seg_s, seg_t = segmentation_loss(logits_s, y_s), segmentation_loss(logits_t, y_t)
-        triplet = triplet_loss(feat_s, resize_label(y_s, feat_s.shape[-2:]), centers, cfg.margin, cfg.negatives)   # Eq. (4)
+        share_s, share_t = run.share(y_s != IGNORE), run.share(y_t != IGNORE)
+        seg_s, seg_t = segmentation_loss(logits_s, y_s) * share_s, segmentation_loss(logits_t, y_t) * share_t
+        y_grid = resize_label(y_s, feat_s.shape[-2:])                                         # (N, h, w)
+        triplet = triplet_loss(feat_s, y_grid, centers, cfg.margin, cfg.negatives)            # Eq. (4)
+        triplet = triplet * run.share(centered(y_grid, centers))
         if cfg.triplet_target:
             y_grid = resize_label(y_t, feat_t.shape[-2:])
-            triplet = triplet + triplet_loss(feat_t, y_grid, centers, cfg.margin, cfg.negatives)
-        consist = consistency_loss(logits_tau, y_t)                                           # Eq. (5)
+            triplet_t = triplet_loss(feat_t, y_grid, centers, cfg.margin, cfg.negatives)
+            triplet = triplet + triplet_t * run.share(centered(y_grid, centers))
+        consist = consistency_loss(logits_tau, y_t) * share_t                                 # Eq. (5)
         loss = seg_s + cfg.lambda_pseudo * seg_t + cfg.lambda_triplet * triplet + cfg.lambda_consist * consist
 
         optimizer.zero_grad()
@@ -671,8 +682,7 @@ def main(argv: list[str] | None = None) -> None:
 
     model = run.network("v3+", classes)
     if alter is not None and run.trains("step0") and not run.begun("step0"):
-        draw_alignments(run.folder / "alignment.png", cfg, source, target)
-        print(f"pictures: {run.folder / 'alignment.png'}", flush=True)
+        draw_alignments(run, cfg, source, target)
     run.start_from(model)
     run.watch(model, test, classes)
     # An upper bound has to be trained as long as what it bounds.

@@ -73,12 +73,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common import toycity
-from common.cli import Size, UserError, command, option, parse, write_atomically
+from common.cli import Size, UserError, command, option, parse
 from common.data import IGNORE, Augment, ClassList, SegmentationDataset, class_list, save_label
 from common.deeplab import at_least_float32, resize_label, upsample
 from common.metrics import LOG_BINS, log_histogram, log_quantiles
 from common.run import Options, Run, check_domains, sum_over_processes
-from common.viz import colorize, contact_sheet, denormalise
+from common.viz import colorize, denormalise
 
 TERMS = ("ce_t", "ce_tP", "dis_s", "dis_t", "dis_tP")
 KINDS = ("anchor_labels", "probability_labels")        # of pseudo labels: their folders' names
@@ -235,6 +235,12 @@ def anchor_pseudo_labels(distances: Tensor, margin: float = 2.5) -> Tensor:
     return nearest.masked_fill(~(gap > margin), IGNORE)
 
 
+def anchored(label: Tensor, anchors: Tensor) -> Tensor:
+    """Bool, where a label (N, h, w) is a category that has an anchor: not where it is 255, nor where the anchor is NaN."""
+    known = torch.cat([~anchors.isnan().any(dim=1), anchors.new_zeros(1, dtype=torch.bool)])  # (C + 1,), last: no label
+    return known[label.clamp(max=len(anchors))]
+
+
 def distance_loss(feat: Tensor, label: Tensor, anchors: Tensor) -> Tensor:
     """Squared distance of labelled features to the anchor of their category.
 
@@ -247,10 +253,8 @@ def distance_loss(feat: Tensor, label: Tensor, anchors: Tensor) -> Tensor:
         anchors: (C, D) float, fixed; pixels of a class without anchor (NaN) are left out.
     Returns: 0-d, mean over the pixels that are left (the paper sums); exactly 0, with zero gradient, if there are none.
     """
-    known = torch.cat([~anchors.isnan().any(dim=1), anchors.new_zeros(1, dtype=torch.bool)])  # (C + 1,), last: no label
-    index = label.clamp(max=len(anchors))                                                    # 255 -> C
-    anchor = F.pad(anchors.nan_to_num(), (0, 0, 0, 1))[index].movedim(-1, 1)                  # (N, D, h, w)
-    labelled = known[index]                                                                  # (N, h, w)
+    anchor = F.pad(anchors.nan_to_num(), (0, 0, 0, 1))[label.clamp(max=len(anchors))].movedim(-1, 1)   # (N, D, h, w)
+    labelled = anchored(label, anchors)                                                      # (N, h, w)
     square = (anchor - at_least_float32(feat)).square().sum(dim=1)                           # (N, h, w)
     return (square * labelled).sum() / labelled.sum().clamp(min=1)
 
@@ -313,7 +317,7 @@ class Discriminator(nn.Module):
 @torch.no_grad()
 def source_anchors(run: Run, model: nn.Module, source: SegmentationDataset, num_classes: int) -> Tensor:
     """Algorithm 1, line 4 (CAC): the anchors (C, D) float32 of the whole source set, Eq. (4), in one pass over its images."""
-    where = torch.device("cpu") if run.device.type == "mps" else run.device                  # mps has no float64
+    where = run.float64_device
     total = torch.zeros(num_classes, model.feat_channels, dtype=torch.float64, device=where)
     count = torch.zeros(num_classes, dtype=torch.int64, device=where)
     model.eval()
@@ -394,10 +398,8 @@ def report_labels(run: Run, cfg: Config, name: str, classes: ClassList, anchors:
     for k in range(0, len(labelled), max(1, len(labelled) // 4))[:4]:
         image, _, _, *labels = labelled[k]
         rows.append([denormalise(image), *(colorize(label, classes) for label in labels)])
-    picture = run.folder / name / "labels.png"
-    contact_sheet(picture, rows, ["target image", f"by anchor, margin {cfg.margin:g}",
-                                  f"by probability > {cfg.threshold:g}"])
-    print(f"pictures: {picture}", flush=True)
+    run.draw(f"{name}/labels.png", rows, ["target image", f"by anchor, margin {cfg.margin:g}",
+                                          f"by probability > {cfg.threshold:g}"])
 
 
 def prepare_stage(run: Run, cfg: Config, k: int, model: nn.Module, source: SegmentationDataset, target: SegmentationDataset,
@@ -409,7 +411,7 @@ def prepare_stage(run: Run, cfg: Config, k: int, model: nn.Module, source: Segme
         anchors = read_anchors(cfg.offline_anchors, len(classes), model.feat_channels).to(run.device)
     else:
         anchors = source_anchors(run, model, source, len(classes))
-    write_atomically(folder / "anchors.pt", lambda file: torch.save(anchors.cpu(), file))
+    run.keep(f"{name}/anchors.pt", anchors.cpu())
     found = label_target(run, cfg, model, anchors, target, folder)
     report_labels(run, cfg, name, classes, anchors, found, target.with_maps(*(folder / kind for kind in KINDS)))
 
@@ -443,10 +445,11 @@ def train_source(run: Run, cfg: Config, model: nn.Module, source: SegmentationDa
     """Algorithm 1, line 1: pretraining M_0^p on the source, Eq. (2)."""
     optimizer = sgd(model, cfg)
     state = {"model": model, "optimizer": optimizer}
+    model = run.parallel(model)
     for _, (x, y) in run.stage("source", iterations, state, source, batch_size=cfg.batch_size):
         with run.autocast():
             _, logits = model(x)                                                             # (N, C, h, w)
-        loss = cross_entropy_loss(upsample(logits, y.shape[-2:]), y)
+        loss = cross_entropy_loss(upsample(logits, y.shape[-2:]), y) * run.share(y != IGNORE)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -462,14 +465,15 @@ def warm_up(run: Run, cfg: Config, model: nn.Module, source: SegmentationDataset
     optimizer_D = torch.optim.Adam(D.parameters(), lr=cfg.lr_discriminator, betas=(cfg.beta1, cfg.beta2))
     weights_M, weights_D = [p for p in model.parameters() if p.requires_grad], list(D.parameters())
     state = {"model": model, "D": D, "optimizer": optimizer, "optimizer_D": optimizer_D}
+    model, D = run.parallel(model), run.parallel(D)
     for _, (x_s, y_s), (x_t, _) in run.stage("warmup", iterations, state, source, target, batch_size=cfg.batch_size):
         with run.autocast():
             feat_s, logits_s = model(x_s)                                                    # (N, D, h, w), (N, C, h, w)
             feat_t, _ = model(x_t)
             d_s, d_t = D(feat_s.detach()), D(feat_t)                                         # (N, 1, h', w')
 
-        loss_ce, loss_adv = cross_entropy_loss(upsample(logits_s, y_s.shape[-2:]), y_s), adversarial_loss(d_t)
-        loss_D = discriminator_loss(d_s, d_t)
+        loss_ce = cross_entropy_loss(upsample(logits_s, y_s.shape[-2:]), y_s) * run.share(y_s != IGNORE)
+        loss_adv, loss_D = adversarial_loss(d_t), discriminator_loss(d_s, d_t)
 
         optimizer.zero_grad()
         optimizer_D.zero_grad()
@@ -485,25 +489,27 @@ def train_stage(run: Run, cfg: Config, k: int, model: nn.Module, anchors: Tensor
     """Algorithm 1, lines 7 to 10: from M_{k-1} to M_k by Eq. (12), with fixed anchors and fixed labels."""
     optimizer = sgd(model, cfg)
     state = {"model": model, "optimizer": optimizer}
+    model = run.parallel(model)
     for _, (x_s, y_s), (x_t, _, y_t, y_tP) in run.stage(f"stage{k}", iterations, state, source, target,
                                                         batch_size=cfg.batch_size):
         with run.autocast():
             feat_s, logits_s = model(x_s)                                                    # (N, D, h, w), (N, C, h, w)
             feat_t, logits_t = model(x_t)
-        y_t, y_tP = resize_label(y_t, feat_t.shape[-2:]), resize_label(y_tP, feat_t.shape[-2:])   # (N, h, w)
+        y_grid = resize_label(y_s, feat_s.shape[-2:])                                        # (N, h, w)
+        y_t, y_tP = resize_label(y_t, feat_t.shape[-2:]), resize_label(y_tP, feat_t.shape[-2:])
 
-        ce_s = cross_entropy_loss(upsample(logits_s, y_s.shape[-2:]), y_s)                   # Eq. (2)
+        ce_s = cross_entropy_loss(upsample(logits_s, y_s.shape[-2:]), y_s) * run.share(y_s != IGNORE)      # Eq. (2)
         dis, ce = {}, {}
         if "dis_s" in cfg.terms:
-            dis["dis_s"] = distance_loss(feat_s, resize_label(y_s, feat_s.shape[-2:]), anchors)   # Eq. (8)
+            dis["dis_s"] = distance_loss(feat_s, y_grid, anchors) * run.share(anchored(y_grid, anchors))   # Eq. (8)
         if "dis_t" in cfg.terms:
-            dis["dis_t"] = distance_loss(feat_t, y_t, anchors)                               # Eq. (10)
+            dis["dis_t"] = distance_loss(feat_t, y_t, anchors) * run.share(anchored(y_t, anchors))         # Eq. (10)
         if "dis_tP" in cfg.terms:
-            dis["dis_tP"] = distance_loss(feat_t, y_tP, anchors)                             # Table 4
+            dis["dis_tP"] = distance_loss(feat_t, y_tP, anchors) * run.share(anchored(y_tP, anchors))      # Table 4
         if "ce_t" in cfg.terms:
-            ce["ce_t"] = cross_entropy_loss(logits_t, y_t)                                   # Eq. (9)
+            ce["ce_t"] = cross_entropy_loss(logits_t, y_t) * run.share(y_t != IGNORE)                      # Eq. (9)
         if "ce_tP" in cfg.terms:
-            ce["ce_tP"] = cross_entropy_loss(logits_t, y_tP)                                 # Eq. (11)
+            ce["ce_tP"] = cross_entropy_loss(logits_t, y_tP) * run.share(y_tP != IGNORE)                   # Eq. (11)
         loss = ce_s + cfg.lambda1 * sum(dis.values()) + cfg.lambda2 * sum(ce.values())       # Eq. (12)
 
         optimizer.zero_grad()
@@ -542,7 +548,7 @@ def main(argv: list[str] | None = None) -> None:
     target = run.images(cfg.target, "train", classes, sizes, labels=False, augment=augment)
 
     def iterations(epochs: float) -> int:
-        return max(1, round(epochs * len(target) / cfg.batch_size))
+        return max(1, round(epochs * len(target) / (cfg.batch_size * run.world)))
 
     if cfg.offline_anchors and not run.reaches("stage1"):
         raise UserError("--offline-anchors are the anchors of stage 1, which this start does not come to: leave them out")

@@ -64,7 +64,7 @@ from common import toycity
 from common.cli import Size, UserError, command, option, parse
 from common.data import IGNORE, Augment, SegmentationDataset, class_list, save_label
 from common.deeplab import at_least_float32, upsample
-from common.run import Options, Run, check_domains
+from common.run import Options, Run, check_domains, sum_over_processes
 
 STAGES = ("source", "adversarial", "distill")
 SIZES = {"gta5": Size(1280, 720), "synthia": Size(1280, 760), "cityscapes": Size(1024, 512), "crosscity": Size(1024, 512)}
@@ -292,10 +292,11 @@ def train_source(run: Run, cfg: Config, model: nn.Module, source: SegmentationDa
     """Stage 1: the task loss alone, Eq. (3)."""
     optimizer = sgd(model, cfg)
     state = {"model": model, "optimizer": optimizer}
+    model = run.parallel(model)
     for _, (x, y) in run.stage("source", iterations, state, source, batch_size=cfg.batch_size):
         with run.autocast():
             _, logits = model(x)                                                  # (N, K, h, w)
-        loss = segmentation_loss(logits, y)
+        loss = segmentation_loss(logits, y) * run.share(y != IGNORE)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -314,6 +315,7 @@ def adversarial(run: Run, cfg: Config, model: nn.Module, source: SegmentationDat
     optimizer_D = torch.optim.Adam(D.parameters(), lr=cfg.lr_discriminator, betas=(cfg.beta1, cfg.beta2))
     weights_G, weights_D = [p for p in model.parameters() if p.requires_grad], list(D.parameters())
     state = {"model": model, "D": D, "optimizer": optimizer, "optimizer_D": optimizer_D}
+    model, D = run.parallel(model), run.parallel(D)
     for _, (x_s, y_s), (x_t, _) in run.stage("adversarial", cfg.adversarial_iterations, state, source, target,
                                              batch_size=cfg.batch_size // 2):
         with run.autocast():
@@ -322,8 +324,8 @@ def adversarial(run: Run, cfg: Config, model: nn.Module, source: SegmentationDat
             d_s, d_t = D(feat_s.detach()), D(feat_t)                              # (N, 2K, h, w)
         a_s, a_t = knowledge(logits_s), knowledge(logits_t)                       # (N, K, h, w)
 
-        loss_seg, loss_adv = segmentation_loss(logits_s, y_s), adversarial_loss(d_t, a_t)
-        loss_D = discriminator_loss(d_s, d_t, a_s, a_t)
+        loss_seg = segmentation_loss(logits_s, y_s) * run.share(y_s != IGNORE)
+        loss_adv, loss_D = adversarial_loss(d_t, a_t), discriminator_loss(d_s, d_t, a_s, a_t)
 
         optimizer.zero_grad()
         optimizer_D.zero_grad()
@@ -338,7 +340,7 @@ def adversarial(run: Run, cfg: Config, model: nn.Module, source: SegmentationDat
 def write_pseudo_labels(run: Run, model: nn.Module, target: SegmentationDataset, folder: Path) -> None:
     """The adapted model's argmax on every pixel of every target image, without a threshold, as PNGs of class indices."""
     model.eval()
-    for x, _, (name,) in run.sweep("pseudo labels", target):
+    for x, _, (name,) in run.sweep("pseudo labels", target, shared=True):
         with run.autocast():
             _, logits = model(x)
         save_label(folder / f"{name}.png", upsample(logits, x.shape[-2:]).argmax(dim=1)[0])
@@ -349,10 +351,11 @@ def self_distill(run: Run, cfg: Config, student: nn.Module, target: Segmentation
     """Stage 3: the student learns the adapted model's labels of the target images (Sec. 4.3, 4.6)."""
     optimizer = sgd(student, cfg)
     state = {"model": student, "optimizer": optimizer}
+    student = run.parallel(student)
     for _, (x, _, pseudo_label) in run.stage("distill", cfg.distill_iterations, state, target, batch_size=cfg.batch_size):
         with run.autocast():
             _, logits = student(x)
-        loss = segmentation_loss(logits, pseudo_label)
+        loss = segmentation_loss(logits, pseudo_label) * run.share(pseudo_label != IGNORE)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -368,14 +371,17 @@ def report_class_center_distance(run: Run, cfg: Config, model: nn.Module, domain
     for domain, dataset in domains.items():
         run.seed("ccd", domain)
         chosen = torch.randperm(len(dataset))[: cfg.ccd_images].sort().values.tolist()
-        for x, label, _ in run.sweep(f"class center distance, {domain}", torch.utils.data.Subset(dataset, chosen)):
+        subset = torch.utils.data.Subset(dataset, chosen)
+        nothing = torch.zeros(0, model.feat_channels, device=run.float64_device)
+        moments[domain] = class_moments(nothing, nothing[:, 0].long(), len(classes))
+        for x, label, _ in run.sweep(f"class center distance, {domain}", subset, shared=True):
             with run.autocast():
                 feat, _ = model(x)                                                # (1, D, h, w)
             label = F.interpolate(label[None].float(), feat.shape[-2:], mode="nearest")[0].long()
-            if feat.device.type == "mps":                                         # which has no float64
-                feat, label = feat.cpu(), label.cpu()
+            feat, label = feat.to(run.float64_device), label.to(run.float64_device)
             new = class_moments(feat.permute(0, 2, 3, 1).flatten(0, 2), label.flatten(), len(classes))
-            moments[domain] = [a + b for a, b in zip(moments[domain], new, strict=True)] if domain in moments else new
+            moments[domain] = [a + b for a, b in zip(moments[domain], new, strict=True)]
+        sum_over_processes(*moments[domain])
     moments["both"] = [sum(parts) for parts in zip(*moments.values(), strict=True)]
     ccd = {domain: class_center_distance_from_moments(*m).tolist() for domain, m in moments.items()}
     for k, name in enumerate(classes.names):

@@ -76,7 +76,7 @@ from common.cli import Size, UserError, command, option, parse
 from common.data import IGNORE, Augment, ClassList, SegmentationDataset, class_list, save_label
 from common.deeplab import at_least_float32, resize_label, upsample
 from common.run import Options, Run, check_domains, sum_over_processes
-from common.viz import colorize, contact_sheet, denormalise
+from common.viz import colorize, denormalise
 
 BINS = 1000                                            # of confidences; 0.9 is an edge of a bin
 STUFF = ("road", "sidewalk", "building", "wall", "fence", "vegetation", "terrain", "sky")    # Sec. 6.2; the rest are things
@@ -404,6 +404,7 @@ def train_step(run: Run, cfg: Config, step: int, model: nn.Module, stuff: Featur
     optimizer_D = torch.optim.Adam(D.parameters(), lr=cfg.lr_discriminator, betas=(cfg.beta1, cfg.beta2))
     weights_G, weights_D = [p for p in model.parameters() if p.requires_grad], list(D.parameters())
     state = {"model": model, "D": D, "stuff": stuff, "things": things, "optimizer": optimizer, "optimizer_D": optimizer_D}
+    model, D = run.parallel(model), run.parallel(D)
     for _, (x_s, y_s), (x_t, _, *y_hat) in run.stage(f"step{step}", cfg.iterations, state, source, target,
                                                      batch_size=cfg.batch_size):
         with run.autocast():
@@ -415,13 +416,15 @@ def train_step(run: Run, cfg: Config, step: int, model: nn.Module, stuff: Featur
             d_s, d_t = D(prob_s.detach()), D(prob_t)                              # (N, 1, H/32, W/32)
 
         correct = correct_label_map(logits_s, resize_label(y_s, logits_s.shape[-2:]))           # Eq. (4)
-        store_stuff(feat_s, correct, stuff)                                       # Eq. (5)
-        store_instances(feat_s, correct, things, cfg.z)                           # Algorithm 1
+        kept, correct = run.gathered(feat_s), run.gathered(correct)               # of all processes
+        store_stuff(kept, correct, stuff)                                         # Eq. (5)
+        store_instances(kept, correct, things, cfg.z)                             # Algorithm 1
         label_map = logits_t.argmax(dim=1)                                        # (N, h, w), L_P of the target
-        loss_seg = {"seg_s": segmentation_loss(logits_s, y_s)}                    # Eq. (1)
+        loss_seg = {"seg_s": segmentation_loss(logits_s, y_s) * run.share(y_s != IGNORE)}       # Eq. (1)
         if step == 2:
-            loss_seg["seg_t"] = segmentation_loss(logits_t, *y_hat)               # Eq. (10)
-            label_map = augmented_label_map(label_map, resize_label(*y_hat, label_map.shape[-2:]))   # Eq. (11)
+            (y_t,) = y_hat
+            loss_seg["seg_t"] = segmentation_loss(logits_t, y_t) * run.share(y_t != IGNORE)     # Eq. (10)
+            label_map = augmented_label_map(label_map, resize_label(y_t, label_map.shape[-2:]))              # Eq. (11)
         loss_stf = stuff_loss(feat_t, label_map, stuff)                           # Eq. (6)
         loss_ins = instance_loss(feat_t, label_map, things, cfg.z)                # Eq. (8)
         loss_adv, loss_D = adversarial_loss(d_t), discriminator_loss(d_s, d_t)    # Eqs. (2), (3)
@@ -498,9 +501,7 @@ def draw_matches(run: Run, cfg: Config, step: int, model: nn.Module, stuff: Feat
         grids = torch.stack([torch.from_numpy(colorize(label_map, classes)), painted]).permute(0, 3, 1, 2)
         rows.append([photo, *F.interpolate(grids.float(), photo.shape[:2]).permute(0, 2, 3, 1).byte().numpy()])
     model.train()
-    path = run.folder / f"step{step}-matches.png"
-    contact_sheet(path, rows, ["target", "prediction on the grid", "colour: its source sample"])
-    print(f"pictures: {path}", flush=True)
+    run.draw(f"step{step}-matches.png", rows, ["target", "prediction on the grid", "colour: its source sample"])
 
 
 def check(cfg: Config, options: Options) -> None:

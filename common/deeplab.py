@@ -346,20 +346,21 @@ def imagenet_weights(backbone: str) -> dict:
             "PATH (a file) or --init none (random weights)") from error
 
 
-def read_weights(path: str | Path) -> dict:
-    """The state dict in a file: the file itself, or its entry "model" or "state" -> "model". UserError otherwise."""
+def read_weights(path: str | Path, flag: str = "--init") -> dict:
+    """The state dict in a file: the file itself, or its entry "model" or "state" -> "model". A UserError otherwise,
+    in which `flag` named the file."""
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
-        raise UserError(f"--init {path} cannot be read ({error.strerror}); give another path") from error
+        raise UserError(f"{flag} {path} cannot be read ({error.strerror}); give another path") from error
     except Exception as error:    # a damaged file raises almost anything, and torch's own text advises unsafe loading
         raise UserError(
-            f"--init {path} is no readable checkpoint ({type(error).__name__}): it is truncated, of another format, or "
+            f"{flag} {path} is no readable checkpoint ({type(error).__name__}): it is truncated, of another format, or "
             "holds more than tensors and plain values; give a state dict written by torch.save") from error
     for entry in (content.get("state"), content) if isinstance(content, dict) else ():
         if isinstance(entry, dict) and isinstance(entry.get("model"), dict):
             content = entry["model"]
             break
     if not isinstance(content, dict) or not any(isinstance(v, Tensor) for v in content.values()):
-        raise UserError(f"--init {path} holds no state dict; give one, or a checkpoint whose entry \"model\" is one")
+        raise UserError(f"{flag} {path} holds no state dict; give one, or a checkpoint whose entry \"model\" is one")
     return content

@@ -16,16 +16,19 @@ import contextlib
 import itertools
 import json
 import math
+import os
 import random
 import signal
 import sys
 import time
+import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 
 from common import data, metrics, viz
 from common.cli import Size, UserError, flag, option, to_json, write_atomically
@@ -74,6 +77,7 @@ class Run:
         if options.stage and options.stage not in stages:
             raise UserError(f"--stage {options.stage} is unknown; the stages are {', '.join(stages)}")
         self.device = choose_device(options.device)
+        self.rank, self.world = join_processes()
         self.folder = run_folder(method, cfg, options)
         self.selected = self._selected_stages()
         self._stop = False
@@ -101,7 +105,7 @@ class Run:
             return
         if name not in self.selected:
             return
-        write_json(self.folder / "config.json", self._config())
+        self._write_config()
         self.seed(name)
         self._losses = []
         optimizers = [value for value in state.values() if isinstance(value, torch.optim.Optimizer)]
@@ -110,8 +114,8 @@ class Run:
         start = self._resume(name, state)
         if start == 0:
             self._check_nothing_is_stale(name)
-        loaders = [data.training_loader(dataset, batch_size, iterations, data.derive_seed(self.options.seed, name, k),
-                                        start=start, workers=self.options.workers, pin=self.device.type == "cuda")
+        loaders = [data.training_loader(dataset, batch_size, iterations, data.derive_seed(self.options.seed, name, k), start,
+                                        self.options.workers, self.device.type == "cuda", self.rank, self.world)
                    for k, dataset in enumerate(datasets)]
         clock = Clock(iterations - start)
         with self._signals():
@@ -120,10 +124,12 @@ class Run:
                     group["lr"] = poly_rate(group["initial_lr"], it, iterations)
                 yield it, *(self._to_device(batch) for batch in batches)
                 done = it + 1
+                self._agree_to_stop()
                 clock.live(f"{name} {done}/{iterations}", done - start)
                 if done % self.options.log_every == 0 or done == iterations:
                     self._flush(name, done, iterations, optimizers, clock)
                 if self._watched and self.options.eval_every and done % self.options.eval_every == 0 and done < iterations:
+                    same_buffers(state)
                     self._look(name, done)
                     clock.restart()
                 if self._stop or (done % self.options.save_every == 0 and done < iterations):
@@ -132,7 +138,7 @@ class Run:
                 if self._stop:
                     self._stop_here()
         self._save(name, name, iterations, state, complete=False)
-        (self.folder / "last.pt").unlink(missing_ok=True)
+        self.forget("last.pt")
         self._draw_curves()
 
     def report(self, **losses: Tensor) -> None:
@@ -163,17 +169,44 @@ class Run:
     def prepare(self, name: str) -> None:
         """Before what a script computes for a stage that it has not begun: refuse what is stale, forget an earlier attempt."""
         self._check_nothing_is_stale(name)
-        write_json(self.folder / "config.json", self._config())      # what is computed belongs to these settings
+        self._write_config()                                     # what is computed belongs to these settings
         self._cut_log(name, -1)
+
+    def once(self, name: str, compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+        """What an earlier start kept under this name in the run's folder, else `compute()`, which is kept: tensors by name,
+        on the CPU."""
+        path = self.folder / name
+        there = path.exists()
+        wait_for_processes()
+        if not there:
+            self.keep(name, compute())
+        return torch.load(path, map_location="cpu", weights_only=True)
+
+    def keep(self, name: str, content) -> None:
+        """Write tensors to a file of the run's folder, which every process may read afterwards."""
+        if self.rank == 0:
+            write_atomically(self.folder / name, lambda file: torch.save(content, file))
+        wait_for_processes()
+
+    def forget(self, *names: str) -> None:
+        """Remove these files of the run's folder, where they are there."""
+        for name in names * (self.rank == 0):
+            (self.folder / name).unlink(missing_ok=True)
+        wait_for_processes()
+
+    def draw(self, name: str, rows: list, titles: list[str], **how) -> None:
+        """Write a contact sheet into the run's folder and say so."""
+        if self.rank == 0:
+            viz.contact_sheet(self.folder / name, rows, titles, **how)
+            print(f"pictures: {self.folder / name}", flush=True)
 
     def sweep(self, what: str, dataset, shared: bool = False):
         """Yield `(image, label, names, *maps)` once for each image of a dataset, one at a time, on the device.
 
         With `shared`, each of several processes gets its part; `sum_over_processes` brings together what they counted.
+        After the last image all processes have done theirs, and written what they write of each.
         """
-        rank, world = 0, 1
-        if shared and several_processes():
-            rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
+        rank, world = (self.rank, self.world) if shared else (0, 1)
         loader = data.sweep_loader(dataset, self.options.workers, self.device.type == "cuda", rank, world)
         clock = Clock(len(loader))
         with self._signals():
@@ -183,6 +216,41 @@ class Run:
                     self._stop_here()
                 clock.live(f"{what}: image {k + 1} of {len(loader)}", k + 1)
         clock.print()
+        wait_for_processes()
+
+    # --------------------------------------------------- several processes (torchrun)
+
+    def parallel(self, module: nn.Module) -> nn.Module:
+        """The module to call in a stage: torch's DistributedDataParallel, which averages gradients over the processes; the
+        module itself where there is one process."""
+        if self.world == 1:
+            return module
+        with warnings.catch_warnings():                          # its replacement is not in every torch that is supported
+            warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
+            return nn.parallel.DistributedDataParallel(module, broadcast_buffers=False)
+
+    def share(self, counts: Tensor) -> Tensor | float:
+        """What a mean over this process's pixels is multiplied by, so that the average over the processes is the mean over the
+        pixels of all: (its pixels) * (processes) / (all pixels). Args: counts: bool mask of the pixels in the mean."""
+        if self.world == 1:
+            return 1.0
+        own = counts.sum()
+        every = own.clone()
+        sum_over_processes(every)
+        return own * self.world / every.clamp(min=1)
+
+    def gathered(self, x: Tensor) -> Tensor:
+        """(N, ..) of this process -> (world N, ..) of all, in the order of one process's batch; without a gradient."""
+        x = x.detach().contiguous()
+        if self.world == 1:
+            return x
+        every = [torch.empty_like(x) for _ in range(self.world)]
+        distributed.all_gather(every, x)
+        return torch.cat(every)
+
+    def item_seeds(self, count: int, *names) -> list[int]:
+        """Seeds of the images of this process's batch, from (--seed, names, position in the batch of all processes)."""
+        return [data.derive_seed(self.options.seed, *names, self.rank * count + n) for n in range(count)]
 
     # ------------------------------------------------- images, models, precision, seeds
 
@@ -202,6 +270,11 @@ class Run:
         init = "none" if self.options.eval and self.options.from_ else self.options.init
         return self.place(build_model(kind, self.cfg.backbone, len(classes), init, self.cfg.freeze_bn,
                                       self.options.partial_init))
+
+    @property
+    def float64_device(self) -> torch.device:
+        """The device, or the CPU where it is Apple's, which has no float64."""
+        return torch.device("cpu") if self.device.type == "mps" else self.device
 
     def seed(self, *names) -> None:
         """Seed every random state from (--seed, names): what follows does not depend on what ran before."""
@@ -259,15 +332,16 @@ class Run:
             for test, how in tests.items():
                 with self.autocast():
                     images = self.sweep(f"{name}, {test}", dataset, shared=True)
-                    matrix = metrics.evaluate(model, images, len(classes), self.device, **how).to(self.device)
+                    matrix = metrics.evaluate(model, images, len(classes), self.device, **how)
                 sum_over_processes(matrix)
-                results[name][test] = summary(matrix.cpu(), classes)
-            if not self.options.eval:
+                results[name][test] = summary(matrix, classes)
+            if not self.options.eval and self.rank == 0:
                 self._write_pictures(name, model, dataset, classes)
                 write_json(self.folder / "results.json", results)
                 last = max((line["iteration"] for line in self._log_lines() if line["stage"] == name), default=0)
                 self.log(stage=name, iteration=last, miou=percent(next(iter(results[name].values()))))
                 self._draw_curves()
+            wait_for_processes()
         columns = {f"{stage}" if test == "single-scale" else f"{stage}, {test}": torch.tensor(result["matrix"])
                    for stage, modes in results.items() for test, result in modes.items()}
         print(f"\nIoU in percent{', trained with target labels: an upper bound' * self.options.target_labels}")
@@ -280,6 +354,8 @@ class Run:
 
     def log(self, **record) -> None:
         """Append one line to log.jsonl."""
+        if self.rank:
+            return
         try:
             with open(self.folder / "log.jsonl", "a", encoding="utf-8") as file:
                 file.write(json.dumps(record) + "\n")
@@ -333,7 +409,20 @@ class Run:
                             "delete the folder, or give this run another --tag")
 
     def _config(self) -> dict:
-        return {"method": self.method, **to_json(self.cfg, identity_only=True), **to_json(self.options, identity_only=True)}
+        processes = {"processes": self.world} if self.world > 1 else {}
+        return {"method": self.method, **to_json(self.cfg, identity_only=True), **to_json(self.options, identity_only=True),
+                **processes}
+
+    def _write_config(self) -> None:
+        if self.rank == 0:
+            write_json(self.folder / "config.json", self._config())
+
+    def _agree_to_stop(self) -> None:
+        """If one process was asked to stop, all stop after the same iteration."""
+        if self.world > 1:
+            asked = torch.tensor(int(self._stop))
+            sum_over_processes(asked)
+            self._stop = bool(asked)
 
     def _to_device(self, batch: list) -> tuple:
         image, label, _, *maps = batch
@@ -352,6 +441,8 @@ class Run:
             return
         names = list(self._losses[0])
         values = torch.stack([torch.stack([losses[name].float() for name in names]) for losses in self._losses]).cpu()
+        sum_over_processes(values)
+        values /= self.world
         first = done - len(self._losses) + 1
         self._losses = []
         bad = (~values.isfinite()).nonzero()
@@ -371,9 +462,11 @@ class Run:
 
     def _look(self, stage: str, done: int) -> None:
         model, dataset, classes = self._watched
-        loader = data.sweep_loader(dataset, self.options.workers, pin=self.device.type == "cuda")
+        loader = data.sweep_loader(dataset, self.options.workers, self.device.type == "cuda", self.rank, self.world)
         with self.autocast():
             matrix = metrics.evaluate(model, itertools.takewhile(lambda _: not self._stop, loader), len(classes), self.device)
+        sum_over_processes(matrix)
+        self._agree_to_stop()
         if self._stop:                                       # asked to stop meanwhile: half a sweep is no result
             return
         means = percent(summary(matrix, classes))
@@ -382,6 +475,7 @@ class Run:
 
     def _save(self, file: str, stage: str, iteration: int, state: dict, complete: bool) -> None:
         """Write a checkpoint; one for resuming (`complete`) also holds optimizers and random states."""
+        same_buffers(state)
         kept = {key: value for key, value in state.items() if complete or not isinstance(value, torch.optim.Optimizer)}
         checkpoint = {"method": self.method, "stage": stage, "iteration": iteration, "config": to_json(self.cfg),
                       "options": to_json(self.options),
@@ -394,7 +488,7 @@ class Run:
                                 "no checkpoint was written: try a lower --lr or --amp none under a new --tag")
         if complete:
             checkpoint["random"] = random_states(self.device)
-        write_atomically(self.folder / f"{file}.pt", lambda opened: torch.save(checkpoint, opened))
+        self.keep(f"{file}.pt", checkpoint)
 
     def _resume(self, stage: str, state: dict) -> int:
         path = self.folder / "last.pt"
@@ -410,6 +504,8 @@ class Run:
         return start
 
     def _cut_log(self, stage: str, last: int) -> None:
+        if self.rank:
+            return
         kept = [line for line in self._log_lines() if line.get("stage") != stage or line.get("iteration", 0) <= last]
         text = "".join(json.dumps(line) + "\n" for line in kept).encode()
         write_atomically(self.folder / "log.jsonl", lambda file: file.write(text))
@@ -455,11 +551,11 @@ class Run:
             rows.append([photo, viz.overlay(photo, prediction, classes), viz.colorize(prediction, classes),
                          viz.colorize(small, classes)])
         model.train(training)
-        folder = self.folder
-        viz.contact_sheet(folder / f"{name}.png", rows, ["image", "overlay", f"prediction ({name})", "label"])
-        print(f"pictures: {folder / f'{name}.png'}", flush=True)
+        self.draw(f"{name}.png", rows, ["image", "overlay", f"prediction ({name})", "label"])
 
     def _draw_curves(self) -> None:
+        if self.rank:
+            return
         lines = self._log_lines()
         series: dict[str, list] = {}
         for line in lines:
@@ -538,16 +634,46 @@ def minutes(seconds: float) -> str:
     return f"{int(seconds) // 3600}:{int(seconds) // 60 % 60:02d}:{int(seconds) % 60:02d}"
 
 
+def join_processes() -> tuple[int, int]:
+    """Under torchrun, join the other processes of the run. Returns: this one's rank, and how many there are."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not distributed.is_initialized():
+        distributed.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+        if distributed.get_rank():
+            sys.stdout = open(os.devnull, "w")                   # noqa: SIM115 (for the rest of the process): one speaks for all
+    return (distributed.get_rank(), distributed.get_world_size()) if several_processes() else (0, 1)
+
+
 def several_processes() -> bool:
     """Whether this process is one of several that torch.distributed has brought together."""
-    return torch.distributed.is_available() and torch.distributed.is_initialized()
+    return distributed.is_available() and distributed.is_initialized()
 
 
 def sum_over_processes(*tensors: Tensor) -> None:
     """Replace each tensor by its sum over all processes, in place; nothing is done where there is one process."""
     if several_processes():
         for tensor in tensors:
-            torch.distributed.all_reduce(tensor)
+            distributed.all_reduce(tensor)
+
+
+def gather_objects(own) -> list:
+    """What each process has, in the order of the processes; [own] where there is one."""
+    every = [own] * (distributed.get_world_size() if several_processes() else 1)
+    if several_processes():
+        distributed.all_gather_object(every, own)
+    return every
+
+
+def wait_for_processes() -> None:
+    """Come back when all processes of the run have come here."""
+    sum_over_processes(torch.zeros(1))
+
+
+def same_buffers(state: dict) -> None:
+    """Give every process the first one's buffers (batch norm that is not frozen sees other images in each)."""
+    if several_processes():
+        for module in (value for value in state.values() if isinstance(value, nn.Module)):
+            for buffer in module.buffers():
+                distributed.broadcast(buffer, 0)
 
 
 def poly_rate(initial: float, iteration: int, iterations: int, power: float = 0.9) -> float:
@@ -562,6 +688,9 @@ def choose_device(name: str) -> torch.device:
         name = next(device for device, available in there.items() if available)
     if not there[name]:
         raise UserError(f"--device {name} is not available on this machine; use --device auto or --device cpu")
+    if name == "cuda":
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        return torch.device("cuda", torch.cuda.current_device())
     return torch.device(name)
 
 

@@ -31,6 +31,7 @@ import sim
 from common import data, metrics
 from common.cli import Size
 from common.deeplab import build_model
+from common.run import Run
 
 
 def timed(function) -> float:
@@ -57,6 +58,8 @@ class StepRun:
 
     device = torch.device("cpu")
     options = types.SimpleNamespace(seed=0)
+    world, rank = 1, 0
+    parallel, share, gathered, item_seeds = Run.parallel, Run.share, Run.gathered, Run.item_seeds
 
     def __init__(self, bare, batches, iterations: int):
         self.bare, self.batches, self.iterations, self.pairs = bare, batches, iterations, []

@@ -18,6 +18,7 @@ from torchvision.transforms import v2
 import c2f
 from common.data import find_pairs, read_image
 from common.deeplab import build_model
+from common.run import Run
 
 IGNORE = 255
 MEAN, STD = (torch.tensor(v)[:, None, None] for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))     # ImageNet's
@@ -456,6 +457,9 @@ class Tiny(nn.Module):
 
 class FakeRun:
     """What a step uses of a run."""
+
+    world, rank = 1, 0
+    parallel, share, gathered, item_seeds = Run.parallel, Run.share, Run.gathered, Run.item_seeds
 
     def __init__(self, batches, seed=3):
         self.batches, self.losses, self.options = batches, [], SimpleNamespace(seed=seed)

@@ -279,6 +279,9 @@ class TinyD(nn.Sequential):
 class StubRun:
     """What a stage asks of a run; keeps each iteration's losses and gradients, and the first weights of D."""
 
+    world, rank = 1, 0
+    parallel, share, gathered, item_seeds = Run.parallel, Run.share, Run.gathered, Run.item_seeds
+
     def __init__(self, model, batches):
         self.model, self.batches, self.losses, self.gradients, self.D = model, batches, [], [], nn.Identity()
 
@@ -566,7 +569,7 @@ def anchors_labels_and_scores(city, folder, anchors, tag):
     source.pairs, target.pairs = source.pairs[:7], target.pairs[:7]
     own = cag.source_anchors(run, model, source, 19)
     found = cag.label_target(run, cfg, model, anchors, target, folder / "labels")
-    run.folder.mkdir(parents=True)
+    run.folder.mkdir(parents=True, exist_ok=True)
     (run.folder / "source.pt").touch()
     run.evaluate("source", model, source, classes, {"single-scale": {}})
     return own, found, run.results()["source"]["single-scale"]["matrix"]
@@ -583,7 +586,7 @@ def one_of_two(rank, city, folder, anchors):
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", f"file://{folder}/meet", timeout=datetime.timedelta(seconds=60),
                                          rank=rank, world_size=2)
-    torch.save(anchors_labels_and_scores(city, folder, anchors, f"rank{rank}"), folder / f"{rank}.pt")
+    torch.save(anchors_labels_and_scores(city, folder, anchors, "two"), folder / f"{rank}.pt")
     torch.distributed.destroy_process_group()
 
 

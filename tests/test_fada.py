@@ -16,6 +16,7 @@ from torch import nn
 import fada
 from common.data import find_pairs
 from common.deeplab import build_model
+from common.run import Run
 
 IGNORE = 255
 
@@ -295,6 +296,9 @@ class TinyD(nn.Sequential):
 class StubRun:
     """What a stage asks of a run; keeps the first weights of D and each iteration's gradients."""
 
+    world, rank = 1, 0
+    parallel, share, gathered, item_seeds = Run.parallel, Run.share, Run.gathered, Run.item_seeds
+
     def __init__(self, model, batches):
         self.model, self.batches, self.gradients = model, batches, []
 
@@ -430,13 +434,18 @@ def test_report_pairs_each_feature_with_its_own_label(capsys):
         def seed(self, *names):
             torch.manual_seed(0)
 
-        def sweep(self, what, dataset):
+        float64_device = torch.device("cpu")
+
+        def sweep(self, what, dataset, shared):
+            assert shared
             for x, label in dataset:
                 yield x, label, ("name",)
 
         autocast = StubRun.autocast
 
     class Double(nn.Module):
+        feat_channels = 4
+
         def forward(self, x):
             return x[:, :, ::2, ::2], None                                      # the nearest pixel of the grid
 

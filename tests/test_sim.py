@@ -17,7 +17,7 @@ import sim
 from common.cli import Size, UserError
 from common.data import class_list, find_pairs
 from common.deeplab import build_model
-from common.run import Options
+from common.run import Options, Run
 
 IGNORE = 255
 STUFF = {"road", "sidewalk", "building", "wall", "fence", "vegetation", "terrain", "sky"}            # Sec. 6.2
@@ -623,6 +623,9 @@ class Tiny(nn.Module):
 
 class FakeRun:
     """What train_step uses of a run, in float64."""
+
+    world, rank = 1, 0
+    parallel, share, gathered, item_seeds = Run.parallel, Run.share, Run.gathered, Run.item_seeds
 
     def __init__(self, batches):
         self.batches, self.losses, self.begin = batches, [], None

@@ -699,8 +699,8 @@ def main(argv: list[str] | None = None) -> None:
                 prepare_step(run, cfg, i, model, aligned, target, classes)
             if not (folder / "state.pt").exists():
                 raise UserError(f"{folder / 'state.pt'} is gone; delete {run.folder / 'last.pt'} too to start this step again")
-            kept = torch.load(folder / "state.pt", map_location=run.device, weights_only=True)
-            centers, thresholds = kept["centers"], kept["thresholds"]
+            kept = run.read(f"step{i}/state.pt")
+            centers, thresholds = kept["centers"].to(run.device), kept["thresholds"].to(run.device)
             labelled = target.with_maps(folder / "labels", folder / "confidences")
         train_step(run, cfg, i, model, centers, thresholds, source, labelled)
         run.evaluate(f"step{i}", model, test, classes, tests)

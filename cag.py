@@ -74,7 +74,7 @@ from torch import Tensor, nn
 
 from common import toycity
 from common.cli import Size, UserError, command, option, parse
-from common.data import IGNORE, Augment, ClassList, SegmentationDataset, class_list, save_label
+from common.data import IGNORE, Augment, ClassList, SegmentationDataset, class_list, load_tensors, save_label
 from common.deeplab import at_least_float32, resize_label, upsample
 from common.metrics import LOG_BINS, log_histogram, log_quantiles
 from common.run import Options, Run, check_domains, sum_over_processes
@@ -419,7 +419,7 @@ def prepare_stage(run: Run, cfg: Config, k: int, model: nn.Module, source: Segme
 def read_anchors(path: str | Path, num_classes: int, channels: int) -> Tensor:
     """Read a (C, D) tensor. Raises: UserError naming the file, if it is not there or holds something else."""
     try:
-        anchors = torch.load(path, map_location="cpu", weights_only=True)
+        anchors = load_tensors(path)
     except OSError as error:
         raise UserError(f"the anchors in {path} cannot be read: {error.strerror}") from error
     except Exception as error:

@@ -143,17 +143,31 @@ def defaults_table(cls: type) -> str:
 
 
 def command(main):
-    """Decorate `main(argv=None)`: a UserError becomes one line on stderr and exit status 2."""
+    """Decorate `main(argv=None)`: what the user can put right becomes one line on stderr and exit status 2."""
     @functools.wraps(main)
     def wrapped(argv: list[str] | None = None):
         try:
             return main(argv)
         except UserError as error:
             message = str(error)
+        except RuntimeError as error:
+            message = _explain(error)
+            if not message:
+                raise
         gc.collect()    # only now do the loaders go that the exception's frames kept alive, and their worker processes
-        print(f"{Path(inspect.getfile(main)).name}: error: {message}", file=sys.stderr)
+        rank = os.environ.get("RANK", "0")
+        print(f"{Path(inspect.getfile(main)).name}{f' (process {rank})' * (rank != '0')}: error: {message}", file=sys.stderr)
         raise SystemExit(2)
     return wrapped
+
+
+def _explain(error: RuntimeError) -> str:
+    """One sentence for what torch reports as a RuntimeError though nothing is wrong with the code; "" for the others."""
+    if type(error).__name__ == "OutOfMemoryError":
+        return ("the accelerator's memory is full: try a smaller --batch-size or --crop, or --amp bf16; what was saved is kept")
+    if re.search(r"[Cc]onnection closed|[Cc]onnection reset|Broken pipe|remote process exited|NCCL", str(error)):
+        return "another process of this run ended; see its message, then start all again to resume"
+    return ""
 
 
 class _Parser(argparse.ArgumentParser):

@@ -13,6 +13,7 @@ import re
 import signal
 import struct
 import warnings
+import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -339,7 +340,7 @@ class SegmentationDataset(Dataset):
             dataset: whose labels they are; decides reader and ids.
             classes: the class list whose indices the labels get.
             size: images are resized to it (antialiased), training labels and maps too (nearest); None: own size.
-            maps: folders with one 8-bit one-channel PNG `<folder>/<name>.png` per image, of any size.
+            maps: folders with one 8-bit one-channel PNG `<folder>/<name>.png` per image, of the size that images have here.
             alter: called with (image float32 (3,H,W) in [0,1], seed, name) after the resize of a training item, before its
                 augmentation; returns an image of the same kind.
         """
@@ -383,7 +384,7 @@ class SegmentationDataset(Dataset):
         shape = image.shape[1:]
         if label is None:
             label = torch.full(shape, IGNORE, dtype=torch.uint8)
-        maps = [_nearest(torch.from_numpy(_read_ids(self._map_path(folder, pair))), shape) for folder in self.maps]
+        maps = [self._read_map(self._map_path(folder, pair), shape) for folder in self.maps]
         if seed is None:
             image = v2.functional.to_dtype(image, torch.float32, scale=True)
         else:
@@ -400,6 +401,14 @@ class SegmentationDataset(Dataset):
             raise DataError(message)
         warnings.warn(f"{message}: the label is resized", stacklevel=2)
         return _nearest(label, shape)
+
+    @staticmethod
+    def _read_map(path: Path, shape: torch.Size) -> Tensor:
+        values = torch.from_numpy(_read_ids(path))
+        if values.shape != shape:
+            raise DataError(f"{path} is {values.shape[1]}x{values.shape[0]}, its image {shape[1]}x{shape[0]}: delete the run's "
+                            "folder, or give this run another --tag")
+        return values
 
     def _augment(self, image: Tensor, masks: Tensor, seed: int, name: str) -> tuple[Tensor, Tensor]:
         """image uint8 (3,H,W) -> float32 in [0,1], masks (M,H,W) moved with it."""
@@ -437,6 +446,15 @@ def read_resized(path: Path, size: Size | None) -> Tensor:
     if size is not None:
         image = v2.functional.resize(image, [size.height, size.width], antialias=True)
     return v2.functional.to_dtype(image, torch.float32, scale=True)
+
+
+def load_tensors(path: str | Path):
+    """torch.load on the CPU, which runs no code from the file, and which here also looks at the file's checksums."""
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            if broken := archive.testzip():
+                raise ValueError(f"checksum of {broken}")
+    return torch.load(path, map_location="cpu", weights_only=True)
 
 
 class OneVersion(Dataset):
@@ -497,6 +515,17 @@ def sweep_loader(dataset: SegmentationDataset, workers: int = 0, pin: bool = Fal
     """Every image once, in order, as evaluation items in batches of one; of `world` processes each has its share."""
     return DataLoader(dataset, batch_size=1, sampler=range(rank, len(dataset), world), num_workers=workers,
                       pin_memory=pin, generator=torch.Generator(), worker_init_fn=_leave_signals_to_the_parent)
+
+
+def loaded(loader: DataLoader) -> Iterator:
+    """The loader's batches. Raises: DataError if one of its processes was killed."""
+    try:
+        yield from loader
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise DataError("a process that loads images was killed, perhaps for lack of memory: try fewer --workers, then start "
+                        "again to resume") from error
 
 
 def _leave_signals_to_the_parent(worker: int) -> None:

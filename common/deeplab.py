@@ -22,6 +22,7 @@ from torchvision import models
 from torchvision.models import vgg
 
 from common.cli import UserError
+from common.data import load_tensors
 
 # The weights of the papers' years; torchvision's later IMAGENET1K_V2 come from a stronger training recipe.
 IMAGENET = {
@@ -350,7 +351,7 @@ def read_weights(path: str | Path, flag: str = "--init") -> dict:
     """The state dict in a file: the file itself, or its entry "model" or "state" -> "model". A UserError otherwise,
     in which `flag` named the file."""
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        content = load_tensors(path)
     except OSError as error:
         raise UserError(f"{flag} {path} cannot be read ({error.strerror}); give another path") from error
     except Exception as error:    # a damaged file raises almost anything, and torch's own text advises unsafe loading

@@ -34,6 +34,11 @@ from common import data, metrics, viz
 from common.cli import Size, UserError, flag, option, to_json, write_atomically
 from common.deeplab import build_model
 
+try:
+    import fcntl
+except ImportError:                                              # Windows has no such locks
+    fcntl = None
+
 
 @dataclass
 class Options:
@@ -82,8 +87,11 @@ class Run:
         self.selected = self._selected_stages()
         self._stop = False
         self._watched: tuple | None = None
+        self._held = None
         self._losses: list[dict[str, Tensor]] = []
         if not options.eval:
+            if self.folder.is_dir():
+                self._lock()
             self._check_config()
 
     # ---------------------------------------------------------------- stages
@@ -119,7 +127,7 @@ class Run:
                    for k, dataset in enumerate(datasets)]
         clock = Clock(iterations - start)
         with self._signals():
-            for it, batches in zip(range(start, iterations), zip(*loaders, strict=True), strict=False):
+            for it, batches in zip(range(start, iterations), zip(*map(data.loaded, loaders), strict=True), strict=False):
                 for group in (group for optimizer in optimizers for group in optimizer.param_groups):
                     group["lr"] = poly_rate(group["initial_lr"], it, iterations)
                 yield it, *(self._to_device(batch) for batch in batches)
@@ -180,13 +188,21 @@ class Run:
         wait_for_processes()
         if not there:
             self.keep(name, compute())
-        return torch.load(path, map_location="cpu", weights_only=True)
+        return self.read(name)
 
     def keep(self, name: str, content) -> None:
         """Write tensors to a file of the run's folder, which every process may read afterwards."""
         if self.rank == 0:
             write_atomically(self.folder / name, lambda file: torch.save(content, file))
         wait_for_processes()
+
+    def read(self, name: str):
+        """What `keep` wrote, on the CPU. Raises: UserError if it is damaged."""
+        try:
+            return data.load_tensors(self.folder / name)
+        except Exception as error:
+            raise UserError(f"{self.folder / name} is damaged ({type(error).__name__}): delete it, and the run's last.pt if "
+                            "there is one, to compute it again") from error
 
     def forget(self, *names: str) -> None:
         """Remove these files of the run's folder, where they are there."""
@@ -210,7 +226,7 @@ class Run:
         loader = data.sweep_loader(dataset, self.options.workers, self.device.type == "cuda", rank, world)
         clock = Clock(len(loader))
         with self._signals():
-            for k, (image, label, names, *maps) in enumerate(loader):
+            for k, (image, label, names, *maps) in enumerate(data.loaded(loader)):
                 yield self._image(image), label.to(self.device), names, *(m.to(self.device) for m in maps)
                 if self._stop:
                     self._stop_here()
@@ -350,7 +366,14 @@ class Run:
     def results(self) -> dict:
         """What results.json holds: stage -> test mode -> `summary`."""
         path = self.folder / "results.json"
-        return json.loads(path.read_text()) if path.exists() and not self.options.eval else {}
+        results = read_json(path) if path.exists() and not self.options.eval else {}
+        try:
+            matrices = [torch.tensor(test["matrix"]) for tests in results.values() for test in tests.values()]
+            if any(matrix.dim() != 2 or matrix.shape[0] != matrix.shape[1] for matrix in matrices):
+                raise ValueError("shape")
+        except Exception as error:
+            raise UserError(f"{path} is damaged: delete it to evaluate again") from error
+        return results
 
     def log(self, **record) -> None:
         """Append one line to log.jsonl."""
@@ -392,7 +415,7 @@ class Run:
         """Refuse to continue a run with other settings; a folder in which nothing was trained yet is free."""
         path = self.folder / "config.json"
         if path.exists() and any(self.folder.glob("*.pt")):
-            old, new = json.loads(path.read_text()), self._config()
+            old, new = read_json(path), self._config()
             changed = [f"{flag(key)} ({old.get(key)} -> {new.get(key)})"
                        for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
             if changed:
@@ -413,8 +436,26 @@ class Run:
         return {"method": self.method, **to_json(self.cfg, identity_only=True), **to_json(self.options, identity_only=True),
                 **processes}
 
+    def _lock(self) -> None:
+        """Keep other starts out of the folder for as long as this process lives, however it ends."""
+        if self.rank or self._held or fcntl is None:
+            return
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._held = open(self.folder / ".lock", "a")                    # noqa: SIM115 (for the rest of the process)
+        except OSError as error:
+            raise UserError(f"cannot write into {self.folder}: {error.strerror}; choose another folder by --runs") from error
+        try:
+            fcntl.lockf(self._held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(f"{self.folder} is in use by another start of the script: wait until it ends, or give this one "
+                            "another --tag") from error
+        except OSError:                                                      # a file system without locks
+            pass
+
     def _write_config(self) -> None:
         if self.rank == 0:
+            self._lock()
             write_json(self.folder / "config.json", self._config())
 
     def _agree_to_stop(self) -> None:
@@ -464,7 +505,8 @@ class Run:
         model, dataset, classes = self._watched
         loader = data.sweep_loader(dataset, self.options.workers, self.device.type == "cuda", self.rank, self.world)
         with self.autocast():
-            matrix = metrics.evaluate(model, itertools.takewhile(lambda _: not self._stop, loader), len(classes), self.device)
+            images = itertools.takewhile(lambda _: not self._stop, data.loaded(loader))
+            matrix = metrics.evaluate(model, images, len(classes), self.device)
         sum_over_processes(matrix)
         self._agree_to_stop()
         if self._stop:                                       # asked to stop meanwhile: half a sweep is no result
@@ -512,8 +554,8 @@ class Run:
 
     def _log_lines(self) -> list[dict]:
         log = self.folder / "log.jsonl"
-        lines = log.read_text(encoding="utf-8").splitlines(keepends=True) if log.exists() else []
-        return [json.loads(line) for line in lines if line.endswith("\n")]   # a kill may cut the last one
+        lines = log.read_text(encoding="utf-8", errors="replace").splitlines() if log.exists() else []
+        return [record for record in map(log_record, lines) if record]
 
     @contextlib.contextmanager
     def _signals(self):
@@ -733,12 +775,34 @@ def write_json(path: Path, content: dict) -> None:
     write_atomically(path, lambda file: file.write(json.dumps(content, indent=1).encode()))
 
 
+def read_json(path: Path) -> dict:
+    """Read a JSON file that holds a dictionary. Raises UserError naming the file."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(content, dict):
+            return content
+        raise ValueError("no dictionary")
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read or is damaged; put it right, or delete the folder to start again") from error
+
+
+def log_record(line: str) -> dict | None:
+    """A line of log.jsonl; None for one that a kill has cut or a disk has damaged."""
+    try:
+        record = json.loads(line)
+        numbers = [record["iteration"], *record.get("miou", {}).values()]
+        numbers += [value for key, value in record.items() if key != "stage"] if "rate" in record else []
+        return record if isinstance(record["stage"], str) and all(isinstance(n, int | float) for n in numbers) else None
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return None
+
+
 def read_checkpoint(path: Path) -> dict:
     """Read one of this project's checkpoints without running code from it. Raises UserError naming the file."""
     if not path.is_file():
         raise UserError(f"there is no checkpoint {path}")
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        checkpoint = data.load_tensors(path)
     except Exception as error:
         raise UserError(f"{path} is damaged or not a checkpoint ({type(error).__name__}); "
                         "delete it to start again from what came before") from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,16 @@ from common.cli import Size
 
 torch.set_num_threads(1)                                 # a second one gains nothing at these sizes
 os.environ["OMP_NUM_THREADS"] = "1"
+sys.path.insert(0, str(Path(__file__).parent))           # tests/starts.py
+
+
+def pytest_addoption(parser):
+    parser.addoption("--soak", action="store_true", help="the long versions of the tests of faults")
+
+
+@pytest.fixture(scope="session")
+def soak(request) -> bool:
+    return request.config.getoption("--soak")
 
 
 @pytest.fixture(scope="session")

@@ -293,13 +293,15 @@ def test_image_label_and_maps_move_together(tmp_path):
 
 
 def test_training_items_are_resized_before_they_are_cropped(tmp_path):
-    write_png(tmp_path / "maps/00000.png", np.array([[1, 2], [3, 4]], np.uint8), 0)
+    write_png(tmp_path / "maps/00000.png", np.kron(np.array([[1, 2], [3, 4]], np.uint8), np.ones((3, 4), np.uint8)), 0)
     dataset = dataset_of(gta5(tmp_path, 1, (12, 16)), size=Size(8, 6), maps=[tmp_path / "maps"])
     image, label, _, values = dataset[0, 5]
     assert image.shape == (3, 6, 8) and label.shape == values.shape == (6, 8)
     assert values.dtype == torch.int64 and values[2, 3] == 1 and values[2, 4] == 2 and values[3, 3] == 3
     with pytest.raises(DataError, match="maps/00001.png is missing"):
         dataset_of(gta5(tmp_path, 2), maps=[tmp_path / "maps"])
+    with pytest.raises(DataError, match="maps/00000.png is 8x6, its image 16x12"):
+        dataset_of(gta5(tmp_path / "one", 1), maps=[tmp_path / "maps"])[0]
 
 
 def test_jitter_and_alter_change_the_image_only(tmp_path):

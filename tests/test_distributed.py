@@ -1,0 +1,100 @@
+"""Two processes under torchrun: they take the steps that one process with batches twice as large takes, and end together.
+
+As a program, `torchrun test_distributed.py DATA RUNS SCRIPT...` runs the scripts with a total batch of two."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from common.data import find_pairs
+
+ROOT = Path(__file__).parents[1]
+SMALL = ("--backbone resnet18 --init none --freeze-bn all --source-size 64x32 --target-size 64x32 --workers 0 --log-every 1 "
+         "--save-every 5").split()
+FLAGS = {                                              # {b}: images a process, {b2}: twice that
+    "bismap": "--warmup-iterations 2 --selftrain-iterations 2 --distill-iterations 2 --warmup-batch-size {b} --batch-size {b} "
+              "--crop 64x32 --stm-backbone warmup --samples 300 --stm-samples 300 --components 2 --J 3 --pl-ratio 0.6 "
+              "--test-scales 1.0 --lr 1e-2 --adapt-lr 1e-4",
+    "c2f": "--step0-iterations 2 --step-iterations 2 --K 1 --crop 64x32 --batch-size {b} --lr 1e-2 --triplet-target",
+    "cag": "--source-epochs 0.5 --warmup-epochs 0.5 --stage-epochs 0.5 --K 1 --crop 64x32 --margin 0.05 --batch-size {b} "
+           "--lr 1e-3 --terms ce_t ce_tP dis_s dis_t dis_tP --threshold 0.1",
+    "fada": "--source-iterations 2 --adversarial-iterations 2 --distill-iterations 2 --batch-size {b2} --test-scales 1.0 "
+            "--lr 1e-2",
+    "sim": "--iterations 2 --batch-size {b} --lr 1e-2 --lambda-ci 0.1",
+}
+
+
+def main(data: str, runs: str, *scripts: str) -> None:
+    torch.set_num_threads(1)
+    each = 2 // int(os.environ.get("WORLD_SIZE", "1"))
+    for script in scripts:
+        flags = FLAGS[script].format(b=each, b2=2 * each).split()
+        importlib.import_module(script).main(["--data", data, "--runs", runs, *SMALL, *flags])
+
+
+def start(processes: int, *arguments: str | Path) -> subprocess.Popen:
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
+    return subprocess.Popen([sys.executable, *launcher, __file__, *map(str, arguments)], cwd=ROOT, stdout=subprocess.PIPE,
+                            stderr=subprocess.PIPE, text=True,
+                            env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"})
+
+
+def tensors(content, name=""):
+    if isinstance(content, dict):
+        for key, value in content.items():
+            yield from tensors(value, f"{name}/{key}")
+    elif isinstance(content, torch.Tensor):
+        yield name, content.double()
+
+
+def test_two_processes_take_the_steps_of_one(city, tmp_path):
+    both = [start(n, city, tmp_path / f"{n}", *FLAGS) for n in (1, 2)]
+    for process in both:
+        printed, errors = process.communicate(timeout=400)
+        assert process.returncode == 0, errors
+    assert printed.count("\nsim") == 0 and printed.count("step1 1/2") == 2     # C2F's and SIM's: one process speaks for both
+    files = sorted(path.relative_to(tmp_path / "1") for path in (tmp_path / "1").rglob("*.pt"))
+    assert len(files) == len(list((tmp_path / "2").rglob("*.pt"))) >= 20
+    for file in files:
+        one, two = (dict(tensors(torch.load(tmp_path / n / file, weights_only=True))) for n in "12")
+        assert one.keys() == two.keys()
+        for key in one:
+            close = torch.isclose(one[key], two[key], rtol=1e-3, atol=2e-5, equal_nan=True)
+            assert close.float().mean() > 0.999, (file, key, (one[key] - two[key]).abs().max())
+    for script in FLAGS:
+        one, two = ((tmp_path / n / f"{script}-gta5") for n in "12")
+        lines = [[json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()] for folder in (one, two)]
+        assert len(lines[0]) == len(lines[1])                                    # one process writes
+        for a, b in zip(*lines):
+            numbers = [key for key, value in a.items() if isinstance(value, float) and key != "seconds"]
+            assert [a[key] for key in numbers] == pytest.approx([b[key] for key in numbers], rel=1e-3, abs=1e-4), (script, a, b)
+        pictures = [sorted(path.relative_to(folder) for path in folder.rglob("*.png")) for folder in (one, two)]
+        assert pictures[0] == pictures[1]                                        # every label and map is there
+        matrices = [[test["matrix"] for tests in json.loads((folder / "results.json").read_text()).values()
+                     for test in tests.values()] for folder in (one, two)]
+        for a, b in zip(*map(torch.tensor, matrices)):
+            assert a.sum() == b.sum() and (a - b).abs().sum() <= 0.01 * a.sum()
+
+
+def test_a_process_that_fails_ends_the_run(city, tmp_path):
+    """With its message, and without a hang, whichever process it is."""
+    shutil.copytree(city, tmp_path / "data")
+    image = find_pairs(tmp_path / "data", "cityscapes", "val")[1].image           # the second process's in the evaluation
+    image.write_bytes(image.read_bytes()[:100])
+    process = start(2, tmp_path / "data", tmp_path / "runs", "fada")
+    printed, errors = process.communicate(timeout=120)
+    assert process.returncode != 0 and f"(process 1): error: cannot read {image}" in errors, errors
+    assert (tmp_path / "runs/fada-gta5/source.pt").exists()                       # what was finished is kept
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

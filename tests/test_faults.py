@@ -1,0 +1,216 @@
+"""What goes wrong at hour 30, done for real to real processes: killed, out of disk, damaged files, NaN, a second start.
+
+With --soak (`make soak`) the long versions: 200 kills over all five scripts."""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from starts import Starts
+
+from common.data import find_pairs
+
+SMALL = ("--backbone resnet18 --init none --source-size 64x32 --target-size 64x32 --workers 0 --log-every 1 --save-every 2 "
+         "--channels-last").split()
+FLAGS = {
+    "bismap": "--warmup-iterations 3 --selftrain-iterations 3 --distill-iterations 3 --warmup-batch-size 1 --batch-size 1 "
+              "--crop 64x32 --stm-backbone warmup --samples 300 --stm-samples 300 --components 2 --J 3 --pl-ratio 0.6 "
+              "--test-scales 1.0",
+    "c2f": "--step0-iterations 3 --step-iterations 3 --K 1 --crop 64x32 --batch-size 1",
+    "cag": "--source-epochs 0.375 --warmup-epochs 0.375 --stage-epochs 0.375 --K 1 --crop 64x32 --margin 0.05",
+    "fada": "--source-iterations 3 --adversarial-iterations 3 --distill-iterations 3 --batch-size 2 --test-scales 1.0",
+    "sim": "--iterations 3",
+}
+
+
+@pytest.fixture(scope="module")
+def starts(tmp_path_factory):
+    starts = Starts(tmp_path_factory.mktemp("starts"))
+    yield starts
+    starts.close()
+
+
+def arguments(script: str, city: Path, runs: Path, *more: str) -> list[str]:
+    return ["--data", str(city), "--runs", str(runs), *SMALL, *FLAGS[script].split(), *more]
+
+
+def tensors(content, name=""):
+    if isinstance(content, dict):
+        for key, value in content.items():
+            yield from tensors(value, f"{name}/{key}")
+    elif isinstance(content, torch.Tensor):
+        yield name, content
+
+
+def assert_same_end(folder: Path, whole: Path) -> None:
+    """Every checkpoint, label and map, and the results, to the bit."""
+    files = sorted(path.relative_to(whole) for path in whole.rglob("*") if path.suffix in (".pt", ".png", ".json")
+                   and path.name != "config.json" and not path.name.endswith(("losses.png", "miou.png")))
+    assert files and not (folder / "last.pt").exists()
+    for file in files:
+        if file.suffix == ".pt":
+            one, other = (dict(tensors(torch.load(root / file, weights_only=True))) for root in (folder, whole))
+            assert one.keys() == other.keys() and all(torch.equal(one[key].nan_to_num(), other[key].nan_to_num())
+                                                      for key in other), file
+        else:
+            assert (folder / file).read_bytes() == (whole / file).read_bytes(), file
+
+
+@pytest.fixture(scope="module")
+def undisturbed(starts, city, tmp_path_factory):
+    """script -> the folder of a run that nothing disturbed, and how long it took."""
+    root, done = tmp_path_factory.mktemp("undisturbed"), {}
+
+    def run(script: str) -> tuple[Path, float]:
+        if script not in done:
+            begin = time.monotonic()
+            status, text = starts.run(script, arguments(script, city, root))
+            assert status == 0, text
+            done[script] = root / f"{script}-gta5", time.monotonic() - begin
+        return done[script]
+    return run
+
+
+def test_killed_at_random_moments(starts, city, tmp_path, undisturbed, soak):
+    """kill -9 over and over: the run that is started again and again ends bit for bit where an undisturbed one ends."""
+    kills, dice = 0, random.Random(0)
+    for script in FLAGS if soak else ["fada"]:
+        whole, seconds = undisturbed(script)
+        for repetition in range(40):
+            argv = arguments(script, city, tmp_path / f"{repetition}")
+            for _ in range(5):
+                start = starts.start(script, argv)
+                end = time.monotonic() + dice.uniform(0, 0.6 * seconds)
+                while time.monotonic() < end and start.pid not in starts.ended:
+                    starts.listen(0.001)
+                start.kill()
+                if start.wait() != -signal.SIGKILL:
+                    break
+                kills += 1
+            status, text = starts.run(script, argv)
+            assert status == 0, text
+            assert_same_end(tmp_path / f"{repetition}/{script}-gta5", whole)
+            shutil.rmtree(tmp_path / f"{repetition}")
+            if kills >= 5 and not soak or kills and kills % 40 == 0:
+                break
+    print(f"{kills} kills")
+    assert kills >= (150 if soak else 5)
+
+
+def test_full_disk(starts, city, tmp_path, undisturbed):
+    """While a checkpoint is written, and while pseudo labels are: one sentence, nothing finished is lost, and it goes on."""
+    whole, _ = undisturbed("fada")
+    argv = arguments("fada", city, tmp_path)
+    status, text = starts.run("fada", argv, file_limit=1_000_000)
+    assert status == 2 and "cannot write" in text and "last.pt" in text and "make room" in text, text
+    assert "Traceback" not in text
+    assert starts.run("fada", [*argv, "--stage", "source"])[0] == starts.run("fada", [*argv, "--stage", "adversarial"])[0] == 0
+    status, text = starts.run("fada", argv, file_limit=64)
+    assert status == 2 and "cannot write" in text and "pseudo_labels" in text and "Traceback" not in text, text
+    assert not [path for path in tmp_path.rglob("*.tmp")]
+    assert starts.run("fada", argv)[0] == 0
+    assert_same_end(tmp_path / "fada-gta5", whole)
+
+
+def stopped_in(starts, script, argv, words, number=signal.SIGTERM):
+    start = starts.start(script, argv)
+    start.until(words)
+    start.kill(number)
+    start.wait()
+    return start
+
+
+def test_checkpoints_that_are_damaged_or_of_another_run(starts, city, tmp_path, undisturbed):
+    whole, _ = undisturbed("fada")
+    other, _ = undisturbed("cag")
+    argv, folder = arguments("fada", city, tmp_path), tmp_path / "fada-gta5"
+    shutil.copytree(whole, folder)
+    for name in ("adversarial.pt", "distill.pt", "results.json"):
+        (folder / name).unlink()
+    good = (folder / "source.pt").read_bytes()
+    flipped = bytearray(good)
+    flipped[len(good) // 2] ^= 1                                  # one bit in a weight, which torch.load would not notice
+    for content, more, words in [
+        (good[:len(good) // 2], [], "source.pt is damaged"), (bytes(flipped), [], "source.pt is damaged"),
+        ((other / "source.pt").read_bytes(), [], "does not fit"), (good, ["--lr", "1e-3"], "--lr (0.00025 -> 0.001)"),
+        (good, ["--source", "synthia", "--from", str(whole / "source.pt")], "does not fit"),
+        (b"", [], "source.pt is damaged"),
+    ]:
+        (folder / "source.pt").write_bytes(content)
+        status, text = starts.run("fada", [*argv, *more])
+        assert status == 2 and words in text and text.strip().splitlines()[-1].startswith("fada.py: error: "), text
+        assert "Traceback" not in text
+    (folder / "source.pt").write_bytes(good)
+    for name in ("config.json", "results.json"):
+        kept = (folder / name).read_bytes() if (folder / name).exists() else b"{}"
+        (folder / name).write_bytes(b'{"cut": ')
+        status, text = starts.run("fada", argv)
+        assert status == 2 and name in text and "damaged" in text and "Traceback" not in text, text
+        (folder / name).write_bytes(kept)
+    assert starts.run("fada", argv)[0] == 0
+
+
+def test_an_image_that_becomes_unreadable_and_a_worker_that_is_killed(starts, city, tmp_path, undisturbed):
+    whole, _ = undisturbed("fada")
+    data = tmp_path / "data"
+    shutil.copytree(city, data)
+    argv = arguments("fada", data, tmp_path, "--workers", "1")
+    image = find_pairs(data, "gta5")[3].image                     # of eight, in three batches of two, all in one epoch
+    content = image.read_bytes()
+    image.write_bytes(content[:len(content) // 2])
+    status, text = starts.run("fada", argv)
+    assert status == 2 and str(image) in text and "damaged" in text and "Traceback" not in text, text
+    image.write_bytes(content)
+
+    start = starts.start("fada", [*argv, "--eval-every", "1"])
+    start.until("source 1/3")
+    end = time.monotonic() + 30
+    while not (workers := children(start.pid)) and time.monotonic() < end:
+        time.sleep(0.002)
+    os.kill(workers[0], signal.SIGKILL)
+    status = start.wait()
+    last = start.text.strip().splitlines()[-1]
+    assert status == 0 or status == 2 and "error: a process that loads images was killed" in last, start.text   # 0: it was done
+    assert starts.run("fada", argv)[0] == 0
+    assert_same_end(tmp_path / "fada-gta5", whole)
+
+
+def children(pid: int) -> list[int]:
+    done = subprocess.run(["ps", "-o", "pid=", "--ppid", str(pid)], capture_output=True, text=True)
+    return [int(line) for line in done.stdout.split()]
+
+
+def test_nan_in_a_batch(starts, city, tmp_path):
+    """The run ends by itself, names the loss, and what was saved before stays good."""
+    argv = arguments("fada", city, tmp_path)
+    status, text = starts.run("fada", argv, nan_at=4)             # the third batch of two
+    assert status == 2 and "loss 'seg' became nan at iteration 3" in text and "last.pt from before it is kept" in text, text
+    kept = torch.load(tmp_path / "fada-gta5/last.pt", weights_only=True)
+    assert kept["iteration"] == 2 and all(x.isfinite().all() for _, x in tensors(kept["state"]))
+
+
+def test_a_second_start_in_the_same_folder_refuses(starts, city, tmp_path):
+    argv = arguments("fada", city, tmp_path, "--source-iterations", "100000")
+    first = starts.start("fada", argv)
+    first.until("source 1/")
+    status, text = starts.run("fada", argv)
+    assert status == 2 and "is in use by another start" in text and "--tag" in text, text
+    assert starts.run("fada", [*argv, "--eval"])[0] in (0, 2)     # only reads
+    first.kill()                                                  # and the lock is gone with it
+    first.wait()
+    third = stopped_in(starts, "fada", argv, "resuming")
+    assert "in use" not in third.text
+
+
+def test_a_folder_that_cannot_be_written(starts, city, tmp_path):
+    (tmp_path / "file").touch()
+    status, text = starts.run("fada", arguments("fada", city, tmp_path / "file"))
+    assert status == 2 and "cannot write" in text and "Traceback" not in text and text.count("error:") == 1, text

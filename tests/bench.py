@@ -1,12 +1,14 @@
 """`make bench`: what the methods and the plumbing cost, as ratios measured side by side in one process.
 
 Each row times two things in turn, several times, and gives the median of the ratios with their range: the machine's load
-and clock fall on both. Rows: python tests/bench.py [part of a row's name ...]
+and clock fall on both. Some rows: python tests/bench.py NAME ... (the keys of BENCHES, or parts of them); with --json each row
+is a JSON object a line instead. The rows of "accelerator memory" are computed, not measured.
 """
 
 from __future__ import annotations
 
 import contextlib
+import json
 import multiprocessing
 import resource
 import statistics
@@ -15,6 +17,7 @@ import tempfile
 import time
 import types
 import warnings
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -28,9 +31,9 @@ import c2f
 import cag
 import fada
 import sim
-from common import data, metrics
+from common import data, metrics, toycity
 from common.cli import Size
-from common.deeplab import build_model
+from common.deeplab import build_model, upsample
 from common.run import Run
 
 
@@ -42,7 +45,11 @@ def timed(function) -> float:
 
 def row(name: str, goal: str, ratios: list[float], note: str = "") -> None:
     median, low, high = statistics.median(ratios), min(ratios), max(ratios)
-    print(f"| {name} | {median:.2f} | {low:.2f} to {high:.2f} | {goal} | {note} |", flush=True)
+    if "--json" in sys.argv:
+        print(json.dumps({"what": name, "median": median, "low": low, "high": high, "goal": goal, "note": note,
+                          "torch": torch.__version__, "threads": torch.get_num_threads()}), flush=True)
+    else:
+        print(f"| {name} | {median:.2f} | {low:.2f} to {high:.2f} | {goal} | {note} |", flush=True)
 
 
 def interleaved(first, second, repetitions: int) -> tuple[list[float], float, float]:
@@ -88,7 +95,8 @@ class StepRun:
 class PassRun:
     """Stands in for a Run in a pass over images."""
 
-    device = torch.device("cpu")
+    device = float64_device = torch.device("cpu")
+    options = types.SimpleNamespace(seed=0)
     autocast = staticmethod(contextlib.nullcontext)
 
     def __init__(self, images):
@@ -105,14 +113,17 @@ class PassRun:
 
 
 class RandomImages:
-    """Images and labels of 256x128 that are made when they are asked for, as often as they are."""
+    """Images and labels of 128x64 that are made when they are asked for, as often as they are."""
 
     def __init__(self, count: int):
         self.count = count
 
+    def __len__(self):
+        return self.count
+
     def __iter__(self):
         for k in range(self.count):
-            yield torch.randn(1, 3, 128, 256), torch.randint(0, 19, (1, 128, 256)), (f"{k}",)
+            yield torch.randn(1, 3, 64, 128), torch.randint(0, 19, (1, 64, 128)), (f"{k}",)
 
 
 def peak_memory(pass_: str, count: int) -> int:
@@ -127,18 +138,68 @@ def _peak_memory(pass_: str, count: int) -> int:
     torch.manual_seed(0)
     run, classes = PassRun(RandomImages(count)), data.class_list("gta5")
     model = build_model("v2" if pass_ == "sim" else "v3+", "resnet18", 19, "none", "all").eval()
-    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(None):
-        if pass_ == "c2f":
-            c2f.category_thresholds(c2f.label_target(run, model, None, Path(folder), 19))
+    with tempfile.TemporaryDirectory() as name, contextlib.redirect_stdout(None):
+        folder = Path(name)
+        if pass_ == "cag":
+            cag.label_target(run, cag.Config(), model, cag.source_anchors(run, model, None, 19).nan_to_num(), None, folder)
+        elif pass_ == "c2f":
+            c2f.category_thresholds(c2f.label_target(run, model, None, folder, 19))
+        elif pass_ == "sim":
+            sim.write_pseudo_labels(run, sim.Config(), model, None, folder, classes)
+        elif pass_ == "bismap sample":                               # full long before the hundredth image
+            bismap.fit_prototypes(run, bismap.Config(samples=500, components=2, em_iterations=2), model, None, 19)
         else:
-            sim.write_pseudo_labels(run, sim.Config(), model, None, Path(folder), classes)
+            gmms = bismap.Gmm(torch.full((19, 2), 0.5), torch.randn(19, 2, 256), torch.ones(19, 2, 256))
+            bismap.label_target(run, bismap.Config(), model, gmms, torch.randn(19, 256), -300.0, None, folder / "labels", 19)
+            encoder, e = bismap.independent_encoder(run, bismap.Config(stm_backbone="warmup"), model), torch.rand(19)
+            bismap.write_transferability(run, encoder, torch.randn(40, 512), 1.0, e, None, folder / "w")
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
-def network_step(network: str, images: list[torch.Tensor], freeze_bn: str = "encoder"):
+def pass_memory(pass_: str, what: str) -> None:
+    few, many = (peak_memory(pass_, count) for count in (100, 1000))
+    row(f"{what}: peak memory with 1,000 images / with 100", "1", [many / few],
+        f"{many / 1024:.0f} MiB against {few / 1024:.0f} MiB")
+
+
+def accelerator_memory() -> None:
+    """What one iteration at the paper's sizes keeps for its backward pass, counted on tensors without contents (ResNet-101)."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    small, large, crop = (512, 1024), (720, 1280), (640, 1280)
+    for name, network, freeze, batch, images in [
+            ("FADA, 4 + 4 images of 1280x720 and 1024x512", "v2", "encoder", 4, [large, small]),
+            ("CAG, 1 + 1 crops of 1280x640", "v3+", "all", 1, [crop, crop]),
+            ("C2F, 4 + 4 + 4 crops of 1280x640", "v3+", "all", 4, [crop] * 3),
+            ("SIM, 1 + 1 images of 1280x720 and 1024x512", "v2", "encoder", 1, [large, small]),
+            ("BiSMAP's warm-up, 8 crops of 896x512", "v3+", "encoder", 8, [(512, 896)]),
+            ("BiSMAP's self-training, 4 + 4 crops of 896x512", "v3+", "all", 4, [(512, 896)] * 2)]:
+        gib = []
+        for bf16 in (True, False):
+            kept: dict[int, torch.UntypedStorage] = {}
+
+            def pack(x, kept=kept):
+                kept[x.untyped_storage()._cdata] = x.untyped_storage()
+                return x
+
+            with FakeTensorMode(), torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+                model = build_model(network, "resnet101", 19, "none", freeze)
+                losses = []
+                for size in images:
+                    with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+                        _, logits = model(torch.empty(batch, 3, *size))
+                    label = torch.zeros(batch, *size, dtype=torch.long)
+                    losses.append(torch.nn.functional.cross_entropy(upsample(logits.float(), size), label))
+                weights = 4 * sum(p.numel() for p in model.parameters())
+            held = sum(storage.nbytes() for storage in kept.values())
+            gib.append((held + 3 * weights) / 2**30)                  # with weights' gradients and momentum
+        row(f"accelerator memory, computed: {name}; bf16 / float32", "", [gib[0] / gib[1]],
+            f"{gib[0]:.1f} GiB against {gib[1]:.1f} GiB")
+
+
+def network_step(network: str, images: list[torch.Tensor], freeze_bn: str = "encoder", layout=torch.preserve_format):
     """(model, a function that does one forward, backward and update of a copy of it on `images`)."""
     torch.manual_seed(0)
-    model, copy = (build_model(network, "resnet101", 19, "none", freeze_bn) for _ in range(2))
+    model, copy = (build_model(network, "resnet101", 19, "none", freeze_bn).to(memory_format=layout) for _ in range(2))
     optimizer = torch.optim.SGD(copy.parameter_groups(1e-6), momentum=0.9, weight_decay=1e-4)
 
     def bare():
@@ -210,12 +271,6 @@ def c2f_step() -> None:
     c2f.train_step(run, c2f.Config(step_lr=1e-6), 1, model, centers, torch.zeros(19), None, None)
     row("C2F: a step's iteration / bare step (ResNet-101, 1 + 1 + 1 images of 512x256)", "at most 1.10",
         [a / b for a, b in run.pairs], f"bare {statistics.median(b for _, b in run.pairs):.2f} s")
-
-
-def threshold_memory(pass_: str) -> None:
-    few, many = (peak_memory(pass_, count) for count in (100, 1000))
-    row(f"{pass_.upper()}: peak memory of the threshold pass, 1,000 images / 100 images", "1", [many / few],
-        f"{many / 1024:.0f} MiB against {few / 1024:.0f} MiB")
 
 
 def sim_step() -> None:
@@ -314,7 +369,7 @@ def bismap_step() -> None:
         with torch.no_grad():
             model(x_t)
     run = StepRun(bare, ((x_s, y_s, w), (x_t, y_s, y_t)), iterations=5)
-    bismap.self_train(run, bismap.Config(lr=1e-6), model, None, None)
+    bismap.self_train(run, bismap.Config(adapt_lr=1e-6), model, None, None)
     row("BiSMAP: self-training's iteration / bare steps (ResNet-101, 1 + 1 images of 512x256)", "at most 1.15",
         [a / b for a, b in run.pairs], f"bare {statistics.median(b for _, b in run.pairs):.2f} s")
 
@@ -344,6 +399,43 @@ def pillow_item(pair: data.Pair, ids: dict[int, int]) -> tuple[np.ndarray, np.nd
         label[ids_map == file_id] = index
     image = (np.asarray(image, dtype=np.float32) / 255 - data.IMAGENET_MEAN) / data.IMAGENET_STD
     return image.transpose(2, 0, 1).copy(), label
+
+
+def loading() -> None:
+    """Milliseconds of one image of each data set, from files in its format: reading, resizing, jitter, alignment."""
+    def seconds(pairs, domain, size, jitter, alter=None):
+        augment = data.Augment(jitter=jitter)
+        dataset = data.SegmentationDataset(pairs, domain, data.class_list(domain), size, augment, alter=alter)
+        return statistics.median(timed(lambda: dataset[0, 0]) for _ in range(5))
+
+    def align(image, seed, name):
+        return c2f.photometric_align(image, image.flip(-1) * 0.8)
+
+    with tempfile.TemporaryDirectory() as name:
+        toycity.render(name, seed=0, train=6, val=1, size=Size(2048, 1024))
+        for domain, size in (("gta5", Size(1280, 720)), ("synthia", Size(1280, 760)), ("cityscapes", Size(1024, 512)),
+                             ("crosscity", Size(1024, 512))):
+            pairs = data.find_pairs(name, domain, "train", city="Rome")
+            own, resized = seconds(pairs, domain, None, 0.0), seconds(pairs, domain, size, 0.0)
+            jittered, aligned = seconds(pairs, domain, size, 0.5), seconds(pairs, domain, size, 0.0, align)
+            row(f"loader: a {domain} file of 2048x1024 (toy city), resized to {size} / at its own size", "", [resized / own],
+                f"{1000 * resized:.0f} ms against {1000 * own:.0f} ms; {1000 * jittered:.0f} ms with jitter, "
+                f"{1000 * aligned:.0f} ms with alignment")
+
+
+def precision() -> None:
+    """The bare step of ResNet-101 v3+ on two images of 512x256, in other formats than contiguous float32."""
+    x = torch.randn(2, 3, 256, 512)
+    model, plain = network_step("v3+", [x])
+    _, channels_last = network_step("v3+", [x.to(memory_format=torch.channels_last)], layout=torch.channels_last)
+
+    def bf16():
+        with torch.autocast("cpu", torch.bfloat16):
+            plain()
+    for name, step in (("channels_last", channels_last), ("bf16", bf16)):
+        ratios, seconds, plain_s = interleaved(step, plain, 3)
+        row(f"network step (ResNet-101 v3+, 2 images of 512x256) with {name} / without", "", ratios,
+            f"{seconds:.2f} s against {plain_s:.2f} s")
 
 
 def loader() -> None:
@@ -385,16 +477,21 @@ def evaluation() -> None:
             f"{theirs_s:.2f} s against {ours_s:.3f} s")
 
 
+MEMORY = {"cag": "CAG's anchors and labels", "c2f": "C2F's labels and thresholds", "sim": "SIM's thresholds and labels",
+          "bismap sample": "BiSMAP's sample of source features", "bismap maps": "BiSMAP's labels and transferability maps"}
 BENCHES = {"fada": fada_step, "cag step": cag_step, "cag distances": cag_distances, "cag passes": cag_passes,
-           "c2f step": c2f_step, "c2f alignment": c2f_alignment, "c2f memory": lambda: threshold_memory("c2f"),
-           "sim step": sim_step, "sim matching": sim_matching, "sim memory": lambda: threshold_memory("sim"),
+           "c2f step": c2f_step, "c2f alignment": c2f_alignment, "sim step": sim_step, "sim matching": sim_matching,
            "bismap mixtures": bismap_mixtures, "bismap scoring": bismap_scoring, "bismap step": bismap_step,
-           "loader": loader, "evaluation": evaluation}
+           "loader": loader, "loading": loading, "evaluation": evaluation, "precision": precision,
+           **{f"{name} memory": partial(pass_memory, name, what) for name, what in MEMORY.items()},
+           "accelerator": accelerator_memory}
 
 if __name__ == "__main__":
     torch.set_num_threads(min(2, torch.get_num_threads()))
-    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads\n")
-    print("| what | median ratio | range | goal | |\n|---|---|---|---|---|")
+    wanted = [word for word in sys.argv[1:] if word != "--json"]
+    if "--json" not in sys.argv:
+        print(f"torch {torch.__version__}, {torch.get_num_threads()} threads\n")
+        print("| what | median ratio | range | goal | |\n|---|---|---|---|---|")
     for name, bench in BENCHES.items():
-        if not sys.argv[1:] or any(part in name for part in sys.argv[1:]):
+        if not wanted or any(part in name for part in wanted):
             bench()

@@ -197,6 +197,23 @@ def test_nan_in_a_batch(starts, city, tmp_path):
     assert kept["iteration"] == 2 and all(x.isfinite().all() for _, x in tensors(kept["state"]))
 
 
+def test_training_leaks_nothing(starts, city, tmp_path, soak):
+    """Resident memory after 500 iterations and after 2,000."""
+    if not soak:
+        pytest.skip("takes minutes: --soak")
+    start = starts.start("fada", arguments("fada", city, tmp_path, "--source-iterations", "2000", "--log-every", "50",
+                                           "--save-every", "100"))
+    resident = []
+    for iteration in (500, 2000):
+        start.until(f"source {iteration}/2000", timeout=600)
+        status = Path(f"/proc/{start.pid}/status").read_text()
+        resident.append(int(status.split("VmRSS:")[1].split()[0]))
+    start.kill()
+    start.wait()
+    print(f"{resident} kB")
+    assert resident[1] < 1.02 * resident[0]
+
+
 def test_a_second_start_in_the_same_folder_refuses(starts, city, tmp_path):
     argv = arguments("fada", city, tmp_path, "--source-iterations", "100000")
     first = starts.start("fada", argv)

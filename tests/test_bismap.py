@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,6 +19,7 @@ import bismap
 from bismap import Gmm
 from common.data import IMAGENET_MEAN, IMAGENET_STD, find_pairs
 from common.deeplab import build_model
+from common.run import Run
 
 IGNORE = 255
 
@@ -520,3 +523,188 @@ def test_labels_and_maps_are_what_the_equations_say(city, tmp_path):
     w = np.array(Image.open(folder / f"transferability/{pair.name}.png"))
     label = bismap.SegmentationDataset([pair], "gta5", classes, bismap.Size(64, 32))[0, 0][1].numpy()
     assert w.shape == label.shape and (w[label == IGNORE] == 0).all() and (w[label != IGNORE] > 0).any()
+
+
+# ------------------------------------------------------------------------------------------------- the stages
+
+
+class Tiny(nn.Module):
+    """Stride 4, six features with batch norm, four classes."""
+
+    def __init__(self):
+        super().__init__()
+        self.encoder, self.norm, self.head = nn.Conv2d(3, 6, 3, stride=4, padding=1), nn.BatchNorm2d(6), nn.Conv2d(6, 4, 1)
+
+    def forward(self, x):
+        feat = self.norm(self.encoder(x)).tanh()
+        return feat, self.head(feat)
+
+    def parameter_groups(self, lr, encoder_rate):
+        rest = [*self.norm.parameters(), *self.head.parameters()]
+        return [{"params": rest, "lr": lr}, {"params": self.encoder.parameters(), "lr": encoder_rate * lr}]
+
+
+class FakeRun:
+    """What a stage uses of a run."""
+
+    world, rank = 1, 0
+    parallel, share, item_seeds = Run.parallel, Run.share, Run.item_seeds
+
+    def __init__(self, batches):
+        self.batches, self.losses, self.options = batches, [], SimpleNamespace(seed=3)
+
+    def autocast(self):
+        return contextlib.nullcontext()
+
+    def stage(self, *call, batch_size):
+        (self.name, self.iterations, self.state, *self.data), self.batch_size = call, batch_size
+        yield from ((it, *batch) for it, batch in enumerate(self.batches))
+
+    def report(self, **losses):
+        self.losses.append({name: loss.item() for name, loss in losses.items()})
+
+
+def tiny(seed=0):
+    torch.manual_seed(seed)
+    return Tiny().double()
+
+
+def tiny_batches():
+    batches = []
+    for it in range(2):
+        x_s, x_t = random(2, 3, 16, 32, seed=it), 0.3 + 0.5 * random(2, 3, 16, 32, seed=10 + it)
+        y_s, y_t = labels(2, 16, 32, K=4, seed=it), labels(2, 16, 32, K=4, seed=20 + it, ignored=0.5)
+        y_s[0, :4], y_t[1, :, :9] = IGNORE, IGNORE                               # images with unequal shares
+        w = torch.randint(256, y_s.shape, generator=torch.Generator().manual_seed(it))
+        batches.append(((x_s, y_s, w), (x_t, torch.full_like(y_t, IGNORE), y_t)))
+    return batches
+
+
+def probabilities(logits, size):
+    return nn.functional.interpolate(logits, size, mode="bilinear", align_corners=True).softmax(dim=1)
+
+
+def eq10(logits, label, w):
+    p = probabilities(logits, label.shape[-2:])
+    n, i, j = (label != IGNORE).nonzero(as_tuple=True)
+    return -(w[n, i, j] / 255 * p[n, label[n, i, j], i, j].log()).sum() / len(n)
+
+
+def eq11(logits, label, alpha, beta):
+    p = probabilities(logits, label.shape[-2:])
+    n, i, j = (label != IGNORE).nonzero(as_tuple=True)
+    total = 0
+    for c in range(4):
+        y = torch.where(label[n, i, j] == c, 1.0, 1e-4).double()
+        total = total - alpha * y * p[n, c, i, j].log() - beta * p[n, c, i, j] * y.log()
+    return total.sum() / len(n)
+
+
+def eq12(student, teacher, counts):
+    p, q = student.softmax(dim=1), teacher.softmax(dim=1)
+    return ((q * (q.log() - p.log())).sum(dim=1) * counts).sum() / counts.sum()
+
+
+def train_by_hand(model, cfg, lr, batches, losses):
+    """SGD written out. losses(it, *batch) -> what is reported, what is minimised; called before each step."""
+    weights = [(p, cfg.encoder_rate * lr if name.startswith("encoder") else lr, torch.zeros_like(p))
+               for name, p in model.named_parameters()]
+    reported = []
+    for it, batch in enumerate(batches):
+        found, total = losses(it, *batch)
+        reported.append({name: loss.item() for name, loss in found.items()})
+        grads = torch.autograd.grad(total, [p for p, _, _ in weights])
+        with torch.no_grad():
+            for (p, rate, v), grad in zip(weights, grads):
+                v.copy_(cfg.momentum * v + grad + cfg.weight_decay * p)
+                p -= rate * v
+    return reported
+
+
+def check_stage(run, model, by_hand, expected):
+    assert len(run.losses) == len(expected) == 2
+    for got, wanted in zip(run.losses, expected):
+        assert got.keys() == wanted.keys() and got == pytest.approx(wanted, rel=1e-6)
+    for key, value in by_hand.state_dict().items():
+        torch.testing.assert_close(model.state_dict()[key], value, rtol=1e-6, atol=1e-9)
+
+
+CFG = dict(lr=0.3, adapt_lr=0.05, encoder_rate=0.5, momentum=0.9, weight_decay=0.03, batch_size=2, warmup_batch_size=5,
+           alpha=0.2, beta=0.7, lambda_kl=0.6, ema=0.8, warmup_iterations=70, selftrain_iterations=77, distill_iterations=78)
+
+
+def test_warm_up_minimises_eq_2():
+    cfg, model, by_hand = bismap.Config(**CFG), tiny(), tiny()
+    batches = [((x, y),) for (x, y, _), _ in tiny_batches()]
+
+    def losses(it, source):
+        seg = eq10(by_hand(source[0])[1], source[1], torch.full_like(source[1], 255))
+        return {"seg": seg}, seg
+    run = FakeRun(batches)
+    bismap.warm_up(run, cfg, model, None, 33)
+    assert (run.name, run.iterations, run.batch_size) == ("warmup", 33, 5)
+    check_stage(run, model, by_hand, train_by_hand(by_hand, cfg, 0.3, batches, losses))
+
+
+@pytest.mark.parametrize(("augment", "weighted", "lambda_consist"), [("teacher", True, 1.5), ("student", False, 1.5),
+                                                                     ("teacher", True, 0.0)])
+def test_self_training_minimises_eq_13(augment, weighted, lambda_consist, monkeypatch):
+    cfg = bismap.Config(**CFG, augment=augment, lambda_consist=lambda_consist, cutout=0.5)
+    model, by_hand, teacher, batches, augmented = tiny(), tiny(), tiny().eval(), tiny_batches(), []
+    if not weighted:
+        batches = [(source[:2], target) for source, target in batches]
+
+    def spy(images, seeds, *how, _phi=bismap.phi):
+        augmented.append((images, seeds, how, *_phi(images, seeds, *how)))
+        return augmented[-1][3:]
+    monkeypatch.setattr(bismap, "phi", spy)
+
+    def losses(it, source, target):
+        x_s, y_s, *w = source
+        x_t, _, y_t = target
+        if it:                                                                   # theta' after the step before
+            for old, new in zip(teacher.state_dict().values(), by_hand.state_dict().values()):
+                old.copy_(0.8 * old + 0.2 * new if old.is_floating_point() else new)
+        logits_s, logits_t = by_hand(x_s)[1], by_hand(x_t)[1]
+        ce = eq10(logits_s, y_s, w[0] if w else torch.full_like(y_s, 255))
+        sce, consist = eq11(logits_t, y_t, 0.2, 0.7), torch.zeros(())
+        if lambda_consist:
+            _, seeds, how, x_phi, kept = augmented[it]
+            assert seeds == [bismap.derive_seed(3, "phi", it, n) for n in range(2)] and how == (2, 0.5, 0.5)
+            counts = kept[:, 2::4, 2::4]                                         # of 4 pixels the third: 1.5 to 2.5
+            assert 0 < counts.sum() < counts.numel()
+            if augment == "student":
+                consist = eq12(by_hand(x_phi)[1], teacher(x_t)[1], counts)
+            else:
+                consist = eq12(logits_t, teacher(x_phi)[1], counts)
+        return {"ce": ce, "sce": sce, "consist": consist}, ce + sce + lambda_consist * consist
+    run = FakeRun(batches)
+    bismap.self_train(run, cfg, model, None, None)
+    assert (run.name, run.iterations, run.batch_size) == ("selftrain", 77, 2)
+    assert run.state.keys() == {"model", "teacher", "optimizer"} and not run.state["teacher"].training
+    with torch.no_grad():
+        state = {"model": model.state_dict(), "teacher": run.state["teacher"].state_dict()}
+    check_stage(run, model, by_hand, train_by_hand(by_hand, cfg, 0.05, batches, losses))
+    for key, value in teacher.state_dict().items():                              # after the last step too
+        old, new = value, by_hand.state_dict()[key]
+        expected = 0.8 * old + 0.2 * new if old.is_floating_point() else new
+        torch.testing.assert_close(state["teacher"][key], expected, rtol=1e-6, atol=1e-9)
+
+
+def test_distillation_learns_labels_and_the_previous_model():
+    cfg, student, by_hand, previous, batches = bismap.Config(**CFG), tiny(1), tiny(1), tiny(2), tiny_batches()
+
+    def losses(it, source, target):
+        (x_s, y_s, w), (x_t, _, y_t) = source, target
+        logits_s, logits_t = by_hand(x_s)[1], by_hand(x_t)[1]
+        with torch.no_grad():
+            logits_previous = previous(x_t)[1]
+        ce, sce = eq10(logits_s, y_s, w), eq11(logits_t, y_t, 0.2, 0.7)
+        kl = eq12(logits_t, logits_previous, torch.ones(2, *logits_t.shape[-2:]))
+        return {"ce": ce, "sce": sce, "kl": kl}, ce + sce + 0.6 * kl
+    before = {key: value.clone() for key, value in previous.state_dict().items()}
+    run = FakeRun(batches)
+    bismap.distill(run, cfg, "distill2", student, previous, None, None)
+    assert (run.name, run.iterations, run.batch_size) == ("distill2", 78, 2) and not previous.training
+    check_stage(run, student, by_hand, train_by_hand(by_hand, cfg, 0.05, batches, losses))
+    assert all(torch.equal(before[key], value) for key, value in previous.state_dict().items())

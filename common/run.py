@@ -578,7 +578,8 @@ class Run:
                 signal.signal(number, handler)
 
     def _stop_here(self) -> None:
-        print(f"\nstopped; resume with: {self.options.command}", flush=True)
+        again = self.options.command if self.world == 1 else f"the same torchrun command, with {self.world} processes"
+        print(f"\nstopped; resume with: {again}", flush=True)
         raise SystemExit(0)
 
     def _write_pictures(self, name: str, model: nn.Module, dataset, classes, count: int = 4) -> None:

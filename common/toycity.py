@@ -21,6 +21,7 @@ import json
 import math
 import os
 import struct
+import time
 import zlib
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -765,6 +766,8 @@ def render(root: str | Path, seed: int = 0, train: int = 240, val: int = 60, siz
 def ensure(root: str | Path, seed: int = 0, train: int = 240, val: int = 60, size: Size = SIZE) -> None:
     """Render the toy city unless a complete one of this version and seed, of whatever counts and size, is there."""
     marker, found = Path(root) / MARKER, {}
+    while os.environ.get("LOCAL_RANK", "0") != "0" and not marker.exists():
+        time.sleep(0.1)                                 # of several processes on a machine the first renders
     if not marker.exists():
         render(root, seed, train, val, size)
         return

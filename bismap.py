@@ -33,13 +33,13 @@ Stages: warmup -> selftrain -> distill1 -> distill2.
 
     python bismap.py --toy                                   the toy city, some minutes on two cores
     python bismap.py --source gta5                           the paper's GTA5 -> Cityscapes; again to resume
+    torchrun --nproc_per_node=4 bismap.py --source gta5      on four GPUs, four times the batch
     python bismap.py --source gta5 --from runs/bismap-gta5/warmup.pt --no-distill --assign none --lambda-consist 0 --tag stm
-    python bismap.py --source gta5 --from runs/bismap-gta5/warmup.pt --no-distill --no-stm --lambda-consist 0 --tag maps
-    python bismap.py --source gta5 --from runs/bismap-gta5/warmup.pt --no-distill --assign anchors --lambda-consist 0 --tag cas
     python bismap.py --source gta5 --eval                    only evaluate what the run has reached
 
 Departures:
- 1. Sums over pixels are means over the labelled pixels, in Eq. (12) over the pixels that CutOut left.
+ 1. Sums over pixels are means over the labelled pixels, in Eq. (12) over those that CutOut left (the padding of a crop that is
+    larger than its image counts).
  2. Features, densities and entropies are computed at stride 4; log densities and distances are then enlarged. Footnote 1
     enlarges features, which is 16 times the work.
  3. Mixtures start from k-means; a variance is at least `variance_floor`; EM stops when the mean log-likelihood rises by less

@@ -26,6 +26,7 @@ Stages: step0 -> step1 .. stepK.
     python c2f.py --align SOURCE.png REFERENCE.png OUT.png              align one picture
     python c2f.py --toy                                      the toy city, some minutes on two cores
     python c2f.py --source gta5                              the paper's GTA5 -> Cityscapes; again to resume
+    torchrun --nproc_per_node=4 c2f.py --source gta5         on four GPUs, four times the batch
     python c2f.py --source gta5 --alignment none --tag no-gpa                                           Table 3
     python c2f.py --source gta5 --from runs/c2f-gta5/step0.pt --lambda-triplet 0 --tag no-ctl           Table 3
     python c2f.py --source gta5 --alignment frequency --tag fda                                         Table 4

@@ -27,6 +27,7 @@ Stages: source -> warmup -> stage1 .. stageK.
 
     python cag.py --toy                                      the toy city, some minutes on two cores
     python cag.py --source gta5                              the paper's GTA5 -> Cityscapes; again to resume
+    torchrun --nproc_per_node=4 cag.py --source gta5         on four GPUs, four times the batch
     python cag.py --source gta5 --from runs/cag-gta5/warmup.pt --K 1 --terms ce_tP --tag ce-tP          a row of Table 4
     python cag.py --source gta5 --from runs/cag-gta5/source.pt --no-warmup --K 1 --tag cold             Sec. 4.3
     python cag.py --source gta5 --eval                       only evaluate what the run has reached

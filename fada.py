@@ -25,6 +25,7 @@ Stages: source (20k) -> adversarial (40k) -> distill (20k) -> single-scale and m
 
     python fada.py --toy                                     the toy city, some minutes on two cores
     python fada.py --source gta5                             the paper's GTA5 -> Cityscapes; again to resume
+    torchrun --nproc_per_node=4 fada.py --source gta5        on four GPUs, four times the batch
     python fada.py --source cityscapes --target crosscity --city Rome
     python fada.py --source synthia --labels hard --no-distill --from runs/fada-synthia/source.pt --tag hard      Table 5
     python fada.py --source gta5 --eval                      only evaluate what the run has reached

@@ -30,6 +30,7 @@ Stages: step1 -> step2.
 
     python sim.py --toy                                      the toy city, some minutes on two cores
     python sim.py --source gta5                              the paper's GTA5 -> Cityscapes; again to resume
+    torchrun --nproc_per_node=4 sim.py --source gta5         on four GPUs, four times the batch
     python sim.py --source gta5 --source-images PATH         with translated source images ("IT")
     python sim.py --source gta5 --no-ssl --lambda-ci 0 --tag aa                     Table 2, "+ AA"; Table 3 by --lambda-ci
     python sim.py --source gta5 --no-ssl --w 200 --tag w200                         Table 4

@@ -12,6 +12,7 @@ Weights that other projects published load too (common/published.py); `DeepLab.c
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -425,9 +426,10 @@ def read_file(path: str | Path, flag: str = "--init"):
     except OSError as error:
         raise UserError(f"{flag} {path} cannot be read ({error.strerror}); give another path") from error
     except Exception as error:    # a damaged file raises almost anything, and torch's own text advises unsafe loading
+        refused = re.search(r"GLOBAL (\S+)", str(error))            # the function or class that the file wanted
         raise UserError(
-            f"{flag} {path} is no readable checkpoint ({type(error).__name__}): it is truncated, of another format, or "
-            "holds more than tensors and plain values; give a state dict written by torch.save") from error
+            f"{flag} {path} is no readable checkpoint ({refused[1] if refused else type(error).__name__}): it is truncated, of "
+            "another format, or holds more than tensors and plain values; give a state dict written by torch.save") from error
 
 
 def read_weights(path: str | Path, flag: str = "--init") -> dict:

@@ -61,7 +61,7 @@ class Structure:
                 value, default = getattr(structure, entry.name), entry.default
                 if type(value) is not type(default):
                     raise ValueError(entry.name)
-            if structure.input not in INPUTS or structure.branches not in (1, 2, 3, 4) or structure.bn_eps < 0:
+            if structure.input not in INPUTS or structure.branches not in (2, 4) or not 0 <= structure.bn_eps < 1:
                 raise ValueError("value")
         except (TypeError, ValueError) as error:
             raise UserError(f"{where} asks for a structure that this version does not know ({values}); it is damaged or from "
@@ -149,7 +149,7 @@ def unwrap(content) -> tuple[dict[str, Tensor], list[str]]:
     beside: list[str] = []
     while isinstance(content, dict):
         if all(isinstance(content.get(part), dict) for part in ("feature_extractor", "classifier")):            # FADA's
-            beside += [key for key in content if key not in ("feature_extractor", "classifier")]
+            beside += [str(key) for key in content if key not in ("feature_extractor", "classifier")]
             content = {**strip(content["feature_extractor"]),
                        **{f"classifier.{key}": value for key, value in strip(content["classifier"]).items()}}
         inner = next((key for key in WRAPPERS if isinstance(content.get(key), dict)), None)
@@ -179,28 +179,32 @@ def recognise(content, where: str, path: str | Path | None = None, branches: int
     found, beside = unwrap(content)
     if not found:
         raise UserError(f"{where} holds no state dict; give one, or a checkpoint whose entry \"model\" is one")
-    if any(key.startswith("encoder.") for key in found):
-        saved = content.get("structure") if isinstance(content, dict) else None
-        return Weights(found, structure=Structure.read(saved["model"] if isinstance(saved, dict) and "model" in saved else None,
-                                                       where))
-    if any(key.startswith("classifier.head.") for key in found):
+
+    def has(*prefixes: str) -> bool:
+        return all(any(key.startswith(prefix) for key in found) for prefix in prefixes)
+
+    if has("encoder."):                                                    # this project's names
+        structures = content.get("structure")
+        structure = structures.get("model") if isinstance(structures, dict) else None
+        return Weights(found, structure=Structure.read(structure, where))
+    if has("backbone.", "classifier.head."):
         side = read_side_file(path, where)
         return Weights(*rename(found, EXPORTED)[:2], Structure.read(side["structure"], where),
                        f"an export of this project, DeepLab {side['network']}", side["network"])
-    from_caffe = any(key.startswith("Scale.") for key in found)            # initial weights that were converted from Caffe
+    from_caffe = has("Scale.")                                             # initial weights that were converted from Caffe
     found = strip(found, "Scale.")
     for head, family in (("layer6", "AdaptSegNet, SIM or ADVENT"), ("layer5", "BDL, FDA or Caffe's own")):
-        if f"{head}.conv2d_list.0.weight" in found or (from_caffe and head == "layer5"):
+        if has(f"{head}.conv2d_list.") or (from_caffe and head == "layer5"):
             return caffe_style(found, head, family, branches)
-    for place, family, structure in ((8, "CAG", Structure(input="rgb")), (7, "BiSMAP", Structure())):
-        if f"decoder.last_conv.{place}.weight" in found and "aspp.conv1.weight" in found:
-            table = V3PLUS | (last_conv(0, 1, 4, 5, 8) if family == "CAG" else last_conv(0, 1, 3, 4, 7))
-            return published(found, table, structure, family, "v3+", beside)
-    if "backbone.conv1.weight" in found and "classifier.conv2d_list.0.weight" in found:
+    if has("backbone.", "aspp.", "decoder.last_conv.8."):
+        return published(found, V3PLUS | last_conv(0, 1, 4, 5, 8), Structure(input="rgb"), "CAG", "v3+", beside)
+    if has("backbone.", "aspp.", "decoder.last_conv.7."):
+        return published(found, V3PLUS | last_conv(0, 1, 3, 4, 7), Structure(), "BiSMAP", "v3+", beside)
+    if has("backbone.conv1.", "classifier.conv2d_list."):
         # Its frozen batch norm, which has no counter, divides by the root of the variance as it is.
         counted = any(key.endswith("num_batches_tracked") for key in found)
         return published(found, FADA, Structure() if counted else Structure(bn_eps=0.0), "FADA", "v2", beside)
-    if any(key.startswith((*RESNET, "features.")) for key in found):                                     # torchvision's names
+    if any(map(has, (*RESNET, "features."))):                              # torchvision's names
         state = {f"encoder.{key}": value for key, value in found.items() if not key.startswith(("fc.", "classifier."))}
         return Weights(state, {key: key.removeprefix("encoder.") for key in state}, classifier=len(found) - len(state))
     first = ", ".join(list(found)[:4])

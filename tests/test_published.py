@@ -333,6 +333,7 @@ def test_files_that_do_not_fit(tmp_path, caffe, monkeypatch):
         "encoder": (without(caffe, "layer3.0.conv1"),
                     "lacks 1 encoder keys .*layer3.0.conv1.weight.*first names are conv1.weight"),
         "head": (without(caffe, "layer6.conv2d_list.1"), "but lacks 2 of its keys .*head.branches.1.weight.*whole file"),
+        "branch 0": (without(caffe, "layer6.conv2d_list.0"), "but lacks 2 of its keys .*head.branches.0.weight"),
         "deeper": (caffe | deeper, "encoder keys more than resnet18 .layer3.2.*--backbone"),
         "classes": ({key: value[:16] if "layer6" in key else value for key, value in caffe.items()},
                     r"layer6.conv2d_list.0.weight of shape \(16, .*with 19 classes"),
@@ -344,7 +345,7 @@ def test_files_that_do_not_fit(tmp_path, caffe, monkeypatch):
         "discriminator": ({"iteration": 3, "model_D": {"D.0.weight": torch.zeros(1)}}, "holds no state dict"),
         "evil": ({"state_dict": caffe, "best": Malicious()}, "more than tensors"),
         "code": ({"x": np.random.default_rng}, "more than tensors"),
-        "v3+": ({"aspp.conv1.weight": torch.zeros(1), "decoder.last_conv.8.weight": torch.zeros(1)},
+        "v3+": ({f"{name}.weight": torch.zeros(1) for name in ("backbone.conv1", "aspp.conv1", "decoder.last_conv.8")},
                 "is CAG, DeepLab v3., but this script's network is DeepLab v2: the file is for bismap.py, c2f.py and cag.py"),
     }
     for name, (content, words) in cases.items():

@@ -269,7 +269,9 @@ def summed_branches(state: dict[str, Tensor]) -> tuple[int, str]:
         weight = state.get(f"head.branches.{branch}.weight")
         if weight is None or weight.dim() != 4:
             return False
-        return bool((weight.double().flatten(1).std(dim=1) / 0.01 - 1).abs().max() < 0.03)     # 0.005 is one sigma of it
+        weight = weight.double().flatten(1)                                # (K, 9 * 2048)
+        sigma = (2 * weight.shape[1]) ** -0.5                              # of a relative standard deviation: 0.5 percent
+        return bool((weight.std(dim=1) / 0.01 - 1).abs().max() < 6 * sigma)
 
     if untouched(2) and untouched(3) and not (untouched(0) and untouched(1)):
         return 2, "as AdaptSegNet's and SIM's: the others were never trained; --branches 4 sums all"

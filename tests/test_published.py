@@ -298,6 +298,7 @@ def test_untrained_branches_are_told_from_trained_ones():
     assert summed(2) == 2 and summed(4) == 4
     assert summed(0) == 4                                # nothing was trained: nothing to tell by
     assert summed(2, decay=0.95) == 4                    # weight decay alone shows
+    assert recognise(small_file(2), "--init x").structure.branches == 2
 
 
 def test_weights_converted_from_caffe_initialise_the_encoder(tmp_path, caffe, capsys):

@@ -562,7 +562,7 @@ def align(references: list[Path], size: Size | None, fixed: int | None, image: T
 def independent_encoder(run: Run, cfg: Config, model: nn.Module) -> Callable[[Tensor], Tensor]:
     """E^, a function: (1, 3, H, W) -> features (1, D, h, w). Refuses by a UserError what cannot be used."""
     if cfg.stm_backbone == "warmup":
-        return lambda x: resnet_features(model.encoder, x)[1]
+        return lambda x: resnet_features(model.encoder, model.prepare(x))[1]
     try:
         net = models.get_model(cfg.stm_backbone, weights=None if cfg.stm_weights else "IMAGENET1K_V1")
     except Exception as error:                         # a download raises almost anything

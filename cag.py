@@ -69,6 +69,7 @@ from dataclasses import dataclass
 from math import isnan
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -109,7 +110,7 @@ class Config:
     lambda_adv: float = option(0.01, "weight of the warm-up's adversarial loss", paper=0.01, section="Sec. 4.1", low=0.0)
     terms: tuple[str, ...] = option(("ce_t", "ce_tP", "dis_s", "dis_t"), "terms of Eq. (12) besides L_CE^s; dis_tP: Table 4",
                                     paper=("ce_t", "ce_tP", "dis_s", "dis_t"), section="Eq. (12)", choices=TERMS)
-    offline_anchors: str | None = option(None, "file with a (C, 256) tensor: anchors of stage 1, in place of Eq. (4)")
+    offline_anchors: str | None = option(None, "file with a (C, 256) tensor, or the authors' anchors: of stage 1")
     lr: float = option(2.5e-4, "SGD's initial rate", paper=2.5e-4, section="Sec. 4.1", low=0.0)
     encoder_rate: float = option(1.0, "the encoder's rate as a multiple of --lr", low=0.0)
     momentum: float = option(0.9, "SGD's momentum", paper=0.9, section="Sec. 4.1", low=0.0, high=1.0)
@@ -418,13 +419,21 @@ def prepare_stage(run: Run, cfg: Config, k: int, model: nn.Module, source: Segme
 
 
 def read_anchors(path: str | Path, num_classes: int, channels: int) -> Tensor:
-    """Read a (C, D) tensor. Raises: UserError naming the file, if it is not there or holds something else."""
+    """Read a (C, D) tensor, or the authors' published anchors: an array, perhaps as `objective_vectors` of a dictionary.
+
+    Raises: UserError naming the file, if it is not there or holds something else.
+    """
     try:
         anchors = load_tensors(path)
     except OSError as error:
         raise UserError(f"the anchors in {path} cannot be read: {error.strerror}") from error
     except Exception as error:
         raise UserError(f"{path} is not a tensor written by torch.save ({type(error).__name__})") from error
+    if isinstance(anchors, dict) and "objective_vectors" in anchors:
+        anchors = anchors["objective_vectors"]
+    if isinstance(anchors, np.ndarray) and anchors.dtype.kind == "f":
+        anchors = torch.from_numpy(anchors)
+        anchors[(anchors == 0).all(dim=-1)] = torch.nan          # theirs start at zero: a class that was never seen
     if not isinstance(anchors, Tensor) or anchors.shape != (num_classes, channels) or not anchors.is_floating_point():
         shape = f"a tensor of shape {tuple(anchors.shape)}, {anchors.dtype}" if isinstance(anchors, Tensor) else type(anchors)
         raise UserError(f"{path} holds {shape} where anchors are a float tensor of shape {(num_classes, channels)}")

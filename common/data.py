@@ -448,13 +448,24 @@ def read_resized(path: Path, size: Size | None) -> Tensor:
     return v2.functional.to_dtype(image, torch.float32, scale=True)
 
 
+# What files of other projects hold besides tensors: CAG's anchors are a NumPy array, and scores such as best_iou are NumPy
+# scalars. These functions only rebuild arrays and numbers of the kinds listed. NumPy 2 renamed their module, files have both.
+NUMPY_VALUES = [
+    np.ndarray, np.dtype, *map(type, map(np.dtype, (np.float64, np.float32, np.int64, np.int32, np.bool_))),
+    *((function, f"{module}.multiarray.{function.__name__}") for module in ("numpy.core", "numpy._core")
+      for function in (np.empty(0).__reduce__()[0], np.float64(0).__reduce__()[0])),
+]
+
+
 def load_tensors(path: str | Path):
-    """torch.load on the CPU, which runs no code from the file, and which here also looks at the file's checksums."""
+    """torch.load on the CPU, which runs no code from the file (only tensors, plain values and NUMPY_VALUES are read), and
+    which here also looks at the file's checksums."""
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
             if broken := archive.testzip():
                 raise ValueError(f"checksum of {broken}")
-    return torch.load(path, map_location="cpu", weights_only=True)
+    with torch.serialization.safe_globals(NUMPY_VALUES):
+        return torch.load(path, map_location="cpu", weights_only=True)
 
 
 class OneVersion(Dataset):

@@ -7,10 +7,12 @@
 
 `model.encoder` keeps torchvision's parameter names (conv1, bn1, layer1..4; features), so that `encoder.` + name maps a
 classification checkpoint onto a model and back. In every network `logits == model.head(feat)`. There is no dropout.
+Weights that other projects published load too (common/published.py); `DeepLab.configure` takes the structure they need.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -20,9 +22,11 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torchvision import models
 from torchvision.models import vgg
+from torchvision.models.resnet import Bottleneck
 
 from common.cli import UserError
 from common.data import load_tensors
+from common.published import ConvertInput, Structure, Weights, recognise, unwrap
 
 # The weights of the papers' years; torchvision's later IMAGENET1K_V2 come from a stronger training recipe.
 IMAGENET = {
@@ -118,12 +122,18 @@ class SummedASPP(nn.Module):
 
     def __init__(self, in_channels: int, num_classes: int) -> None:
         super().__init__()
-        self.branches = nn.ModuleList(
-            nn.Conv2d(in_channels, num_classes, 3, padding=d, dilation=d) for d in (6, 12, 18, 24)
-        )
-        for conv in self.branches:
+        self.shape = in_channels, num_classes
+        self.branches = nn.ModuleList()
+        self.resize(4)
+
+    def resize(self, count: int) -> None:
+        """Have the first `count` of the four branches: others are removed, those that come anew are random."""
+        new = [nn.Conv2d(*self.shape, 3, padding=d, dilation=d) for d in (6, 12, 18, 24)[len(self.branches): count]]
+        for conv in new:
             nn.init.normal_(conv.weight, 0, 0.01)
             nn.init.zeros_(conv.bias)
+            self.branches.append(conv.to(next(self.parameters(), conv.weight)))
+        del self.branches[count:]
 
     def forward(self, feat: Tensor) -> Tensor:
         first, *others = self.branches
@@ -148,6 +158,7 @@ class ASPP(nn.Module):
 class DeepLab(nn.Module):
     """What both networks share: the check of their input, frozen batch norm, and rates."""
 
+    network = ""     # its name in `build_model`
     head_rate = 1    # the head's learning rate as a multiple of the network's
 
     def features(self, x: Tensor) -> Tensor:
@@ -156,13 +167,30 @@ class DeepLab(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         if x.dim() != 4 or x.shape[1] != 3:
             raise ValueError(f"expected images of shape (N, 3, h, w), got {tuple(x.shape)}")
-        feat = self.features(x)
+        feat = self.features(self.prepare(x))
         return feat, at_least_float32(self.head(feat))              # (N, D, h, w), (N, K, h, w)
 
     def __init__(self, backbone: str, num_classes: int, feat_channels: int) -> None:
         super().__init__()
         self.backbone, self.num_classes, self.feat_channels = backbone, num_classes, feat_channels
         self.frozen_bn, self.filled = "none", False                 # filled: a file gave every weight, the head's too
+        self.structure, self.prepare = Structure(), nn.Identity()   # prepare: the input, see `configure`
+
+    def configure(self, structure: Structure) -> None:
+        """Take the structure that weights of another project need, in place, before an optimizer is made. `Structure()` is
+        what `__init__` builds; nothing here changes the names of weights, but the number of the head's branches."""
+        self.structure = structure
+        self.prepare = nn.Identity()
+        if structure.input != "imagenet":
+            self.prepare = ConvertInput(structure.input).to(next(self.parameters()))
+        if isinstance(self.encoder, models.ResNet):
+            self.encoder.maxpool.ceil_mode = structure.ceil_mode
+        for m in self.encoder.modules():
+            if isinstance(m, _BatchNorm):
+                m.eps = structure.bn_eps
+            if isinstance(m, Bottleneck):
+                strides = (1, 1), max(m.conv1.stride, m.conv2.stride)
+                m.conv1.stride, m.conv2.stride = reversed(strides) if structure.stride_first else strides
 
     def freeze_bn(self, which: str) -> None:
         """Freeze the batch norms of "all" modules, of the "encoder", or of "none" (which thaws them).
@@ -208,10 +236,10 @@ class DeepLabV2(DeepLab):
     Raises: ValueError for an input of another rank or channel count; UserError for an unknown backbone.
     """
 
-    head_rate = 10
+    network, head_rate = "v2", 10
 
     def __init__(self, backbone: str = "resnet101", num_classes: int = 19) -> None:
-        check_choice("v2", backbone)
+        check_choice(self.network, backbone)
         super().__init__(backbone, num_classes, {"vgg16": 1024, "resnet18": 512}.get(backbone, 2048))
         if backbone == "vgg16":
             self.encoder = vgg16_encoder()
@@ -222,6 +250,14 @@ class DeepLabV2(DeepLab):
             dilate(self.encoder.layer3, 1, [2] * len(self.encoder.layer3))
             dilate(self.encoder.layer4, 2, [4] * len(self.encoder.layer4))
         self.head = SummedASPP(self.feat_channels, num_classes)
+
+    def configure(self, structure: Structure) -> None:
+        super().configure(structure)
+        self.head.resize(structure.branches)
+        if isinstance(self.encoder, models.ResNet) and isinstance(self.encoder.layer3[0], Bottleneck):
+            for layer, d in (self.encoder.layer3, 2), (self.encoder.layer4, 4):
+                conv, d = layer[0].conv2, d if structure.dilate_first else d // 2
+                conv.dilation = conv.padding = (d, d)
 
     def features(self, x: Tensor) -> Tensor:
         if self.backbone == "vgg16":
@@ -236,8 +272,10 @@ class DeepLabV3Plus(DeepLab):
     Raises: ValueError for an input of another rank or channel count; UserError for an unknown backbone or VGG-16.
     """
 
+    network = "v3+"
+
     def __init__(self, backbone: str = "resnet101", num_classes: int = 19) -> None:
-        check_choice("v3+", backbone)
+        check_choice(self.network, backbone)
         super().__init__(backbone, num_classes, feat_channels=256)
         self.encoder = resnet_encoder(backbone)
         dilate(self.encoder.layer4, 2, (2, 4, 8))                   # ResNet-18 has two blocks: 2, 4
@@ -267,7 +305,7 @@ def check_choice(network: str, backbone: str) -> None:
 
 
 def build_model(network: str, backbone: str, num_classes: int, init: str = "imagenet", freeze_bn: str = "auto",
-                partial_init: bool = False) -> DeepLab:
+                partial_init: bool = False, branches: int | None = None) -> DeepLab:
     """A network with its initial weights, and its batch norms frozen as asked.
 
     Args:
@@ -277,60 +315,93 @@ def build_model(network: str, backbone: str, num_classes: int, init: str = "imag
         init: "imagenet", "none" (random) or the path of a state dict or checkpoint; see `load_weights`.
         freeze_bn: "all", "encoder", "none", or "auto": "none" where init is "none", else "encoder".
         partial_init: accept a file that does not fill the encoder or whose head has another class count.
+        branches: how many branches the head of a Caffe-style file sums; None: see published.summed_branches.
     Raises: UserError for an unknown choice and for weights that cannot be had, cannot be read or do not fit.
     """
     check_choice(network, backbone)
     if freeze_bn not in ("auto", "all", "encoder", "none"):
         raise UserError(f"unknown freeze-bn {freeze_bn!r}: choose one of auto, all, encoder, none")
     model = (DeepLabV2 if network == "v2" else DeepLabV3Plus)(backbone, num_classes)
-    load_weights(model, init, partial_init)
+    load_weights(model, init, partial_init, branches)
     model.freeze_bn({"auto": "none" if init == "none" else "encoder"}.get(freeze_bn, freeze_bn))
     return model
 
 
-def load_weights(model: DeepLab, init: str | Path, partial: bool = False) -> str:
+def load_weights(model: DeepLab, init: str | Path, partial: bool = False, branches: int | None = None,
+                 flag: str = "--init") -> str:
     """Load weights into `model` in place, print what matched, and return the printed line.
 
-    A file holds torchvision's names (its classifier is left out), this project's names, or a checkpoint of this
-    project. The counts leave out num_batches_tracked, which frozen batch norms need not have.
+    A file holds torchvision's names (its classifier is left out), this project's names, a checkpoint of this project, an
+    export, or a checkpoint of a family in common/published.py, whose structure the model then takes. The counts leave out
+    num_batches_tracked, which frozen batch norms need not have.
 
     Args:
         model: unchanged where an error is raised.
         init: "imagenet", "none" (nothing is done) or a path.
         partial: accept missing encoder keys and a head of another class count; what fits is loaded.
+        branches: as for `build_model`.
+        flag: gave the path, for messages.
     Raises: UserError naming the file and the way out.
     """
     if init == "none":
         return "--init none: random weights"
-    found = imagenet_weights(model.backbone) if init == "imagenet" else read_weights(init)
-    found = {k.removeprefix("module."): v for k, v in found.items() if isinstance(v, Tensor)}
-    named = found
-    if not any(k.startswith("encoder.") for k in found):
-        named = {f"encoder.{k}": v for k, v in found.items() if not k.startswith(("fc.", "classifier."))}
+    where = f"{flag} {init}"
+    content = imagenet_weights(model.backbone) if init == "imagenet" else read_file(init, flag)
+    weights = recognise(content, where, init, branches)
+    if weights.network not in ("", model.network):
+        scripts = {"v2": "fada.py and sim.py", "v3+": "bismap.py, c2f.py and cag.py"}[weights.network]
+        raise UserError(f"{where} is {weights.family}, but this script's network is DeepLab {model.network}: the file is for "
+                        f"{scripts}")
+    with torch.device("meta"):                                      # the model's names and shapes in the file's structure
+        wanted = type(model)(model.backbone, model.num_classes)
+        wanted.configure(weights.structure)
+    own, named = wanted.state_dict(), weights.state
+    if not partial:
+        check_fit(own, weights, model, where)
 
-    own = model.state_dict()
     fitting = {k: v for k, v in named.items() if k in own and v.shape == own[k].shape}
     counted = [k for k in own if not k.endswith("num_batches_tracked")]
     missing = [k for k in counted if k not in fitting]
     encoder = [k for k in missing if k.startswith("encoder.")]
-    misfit = [k for k in missing if k in named]
     unexpected = [k for k in named if k not in own and not k.endswith("num_batches_tracked")]
-    if encoder and not partial:
-        raise UserError(
-            f"--init {init} lacks {len(encoder)} encoder keys of {model.backbone}, or has them in another shape "
-            f"({', '.join(encoder[:3])}, ...); give weights of this backbone, or --partial-init to load what fits")
-    if misfit and not partial:
-        key = misfit[0]
-        raise UserError(
-            f"--init {init} has {key} of shape {tuple(named[key].shape)}, but with {model.num_classes} classes it is "
-            f"{tuple(own[key].shape)}; give weights of this class count, or --partial-init for a new head")
+    model.configure(weights.structure)
     model.load_state_dict(fitting, strict=False)
     model.filled = not missing
     summary = (
-        f"--init {init}: {len(counted) - len(missing)} keys matched, {len(missing)} missing ({len(encoder)} of the "
-        f"encoder), {len(unexpected)} unexpected, {len(found) - len(named)} of a classifier left out")
+        f"{where}: {weights.description}{len(counted) - len(missing)} keys matched, {len(missing)} missing ({len(encoder)} "
+        f"of the encoder), {len(unexpected)} unexpected, {weights.classifier} of a classifier left out")
     print(summary)
     return summary
+
+
+def check_fit(own: dict[str, Tensor], weights: Weights, model: DeepLab, where: str) -> None:
+    """UserError unless the weights fill the encoder with nothing left over and the head, if they have one, has its shape.
+
+    Of a file in torchvision's or this project's names, a head may be absent and other names are only counted.
+    """
+    named, file_name = weights.state, weights.names
+    missing = [k for k in own if not k.endswith("num_batches_tracked") and (k not in named or named[k].shape != own[k].shape)]
+    encoder = [k for k in missing if k.startswith("encoder.")]
+    if encoder:
+        first = ", ".join([file_name.get(k, k) for k in named][:3])
+        raise UserError(
+            f"{where} lacks {len(encoder)} encoder keys of {model.backbone}, or has them in another shape "
+            f"({', '.join(encoder[:3])}, ...; its first names are {first}); give weights of this backbone, or --partial-init "
+            "to load what fits")
+    more = [file_name[k] for k in named if k.startswith("encoder.") and k not in own] if weights.family else []
+    more = [k for k in more if not k.endswith("num_batches_tracked")]
+    if more:
+        raise UserError(f"{where} has {len(more)} encoder keys more than {model.backbone} ({', '.join(more[:3])}, ...); give "
+                        "the --backbone that it was trained with, or --partial-init to load what fits")
+    misfit = [k for k in missing if k in named]
+    if misfit:
+        key = misfit[0]
+        raise UserError(
+            f"{where} has {file_name.get(key, key)} of shape {tuple(named[key].shape)}, but with {model.num_classes} classes "
+            f"it is {tuple(own[key].shape)}; give weights of this class count, or --partial-init for a new head")
+    if missing and weights.family and any(k.startswith("head.") for k in named):
+        raise UserError(f"{where} is {weights.family}, but lacks {len(missing)} of its keys (here {', '.join(missing[:3])}, "
+                        "...): it was cut or changed; give the whole file, or --partial-init to load what fits")
 
 
 def imagenet_weights(backbone: str) -> dict:
@@ -347,21 +418,23 @@ def imagenet_weights(backbone: str) -> dict:
             "PATH (a file) or --init none (random weights)") from error
 
 
-def read_weights(path: str | Path, flag: str = "--init") -> dict:
-    """The state dict in a file: the file itself, or its entry "model" or "state" -> "model". A UserError otherwise,
-    in which `flag` named the file."""
+def read_file(path: str | Path, flag: str = "--init"):
+    """What a file holds that torch.save wrote, read without running code from it. A UserError otherwise, in which `flag`
+    named the file."""
     try:
-        content = load_tensors(path)
+        return load_tensors(path)
     except OSError as error:
         raise UserError(f"{flag} {path} cannot be read ({error.strerror}); give another path") from error
     except Exception as error:    # a damaged file raises almost anything, and torch's own text advises unsafe loading
+        refused = re.search(r"GLOBAL (\S+)", str(error))            # the function or class that the file wanted
         raise UserError(
-            f"{flag} {path} is no readable checkpoint ({type(error).__name__}): it is truncated, of another format, or "
-            "holds more than tensors and plain values; give a state dict written by torch.save") from error
-    for entry in (content.get("state"), content) if isinstance(content, dict) else ():
-        if isinstance(entry, dict) and isinstance(entry.get("model"), dict):
-            content = entry["model"]
-            break
-    if not isinstance(content, dict) or not any(isinstance(v, Tensor) for v in content.values()):
+            f"{flag} {path} is no readable checkpoint ({refused[1] if refused else type(error).__name__}): it is truncated, of "
+            "another format, or holds more than tensors and plain values; give a state dict written by torch.save") from error
+
+
+def read_weights(path: str | Path, flag: str = "--init") -> dict:
+    """The state dict in a file, see `published.unwrap`. Raises: UserError as `read_file`, and where there is none."""
+    found, _ = unwrap(read_file(path, flag))
+    if not found:
         raise UserError(f"{flag} {path} holds no state dict; give one, or a checkpoint whose entry \"model\" is one")
-    return content
+    return found

@@ -23,7 +23,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -32,7 +32,8 @@ from torch import Tensor, distributed, nn
 
 from common import data, metrics, viz
 from common.cli import Size, UserError, flag, option, to_json, write_atomically
-from common.deeplab import build_model
+from common.deeplab import DeepLab, build_model, load_weights, read_file
+from common.published import Structure, export, recognise, side_file
 
 try:
     import fcntl
@@ -46,7 +47,9 @@ class Options:
 
     data: str = option("data", "folder that holds gta5/, synthia/, cityscapes/, crosscity/", identity=False)
     source_images: str | None = option(None, "take the source images from this folder instead (same file names)")
-    init: str = option("imagenet", "initial weights: imagenet, none, or a file with a state dict")
+    init: str = option("imagenet", "initial weights: imagenet, none, or a file, also of the projects that the README lists")
+    branches: int | None = option(None, "branches that the head of an --init or --from file sums: 2 in AdaptSegNet and SIM, 4 "
+                                  "in ADVENT, BDL, FDA; automatic: 2 where the others were never trained", choices=(2, 4))
     partial_init: bool = option(False, "accept an --init file that lacks weights of the encoder")
     target_labels: bool = option(False, "train the source stage on the labelled target: an upper bound, not adaptation")
     runs: str = option("runs", "folder that holds the run folders", identity=False)
@@ -61,8 +64,11 @@ class Options:
     log_every: int = option(50, "iterations between two log lines", low=1, identity=False)
     save_every: int = option(500, "iterations between two checkpoints for resuming", low=1, identity=False)
     stage: str | None = option(None, "run only this stage", identity=False)
-    from_: str | None = option(None, "a checkpoint of another run: start after the stage that it finished")
+    from_: str | None = option(None, "a checkpoint of another run: start after the stage that it finished; or a published "
+                                     "one: start after the first stage")
     eval: bool = option(False, "only evaluate: --from CHECKPOINT, or --init FILE, or the run's last stage", identity=False)
+    export: str | None = option(None, "also write the evaluated model to this file as a plain state dict, with a JSON file "
+                                      "beside it", identity=False)
     toy: bool = option(False, "render the toy city if needed and use the script's small settings")
     command: str = ""
 
@@ -79,6 +85,8 @@ class Run:
 
     def __init__(self, method: str, cfg, options: Options, stages: tuple[str, ...]):
         self.cfg, self.options, self.method, self.stages = cfg, options, method, stages
+        if options.export and Path(options.export).suffix == ".json":
+            raise UserError(f"--export {options.export} is the name of the JSON file beside the weights: choose another suffix")
         if options.stage and options.stage not in stages:
             raise UserError(f"--stage {options.stage} is unknown; the stages are {', '.join(stages)}")
         self.device = choose_device(options.device)
@@ -108,7 +116,7 @@ class Run:
         A finished stage yields nothing and loads its checkpoint into `state`; a stage that is not selected yields nothing.
         """
         if self.finished(name):
-            load_state(read_checkpoint(self.folder / f"{name}.pt")["state"], state)
+            restore(read_checkpoint(self.folder / f"{name}.pt"), state)
             print(f"{name}: finished before, loaded {self.folder / name}.pt", flush=True)
             return
         if name not in self.selected:
@@ -285,7 +293,7 @@ class Run:
         self.seed("model")
         init = "none" if self.options.eval and self.options.from_ else self.options.init
         return self.place(build_model(kind, self.cfg.backbone, len(classes), init, self.cfg.freeze_bn,
-                                      self.options.partial_init))
+                                      self.options.partial_init, self.options.branches))
 
     @property
     def float64_device(self) -> torch.device:
@@ -308,10 +316,17 @@ class Run:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.options.amp == "bf16")
 
     def start_from(self, model: nn.Module) -> None:
-        """Load the model of `--from CHECKPOINT`, if given, into `model`."""
-        if self.options.from_:
-            checkpoint = read_checkpoint(Path(self.options.from_))
-            load_state({"model": checkpoint["state"]["model"]}, {"model": model})
+        """Load the model of `--from CHECKPOINT`, if given, into `model`: of this project, or one that others published."""
+        path = self.options.from_
+        if not path:
+            return
+        checkpoint = self._read_from()
+        if "state" in checkpoint:
+            restore_model(checkpoint, model)
+        else:
+            load_weights(model, path, branches=self.options.branches, flag="--from")
+            if not model.filled:
+                raise UserError(f"--from {path} has no head, so no stage can start from it; give it to --init")
 
     def load_latest(self, model: nn.Module) -> str:
         """For --eval: load --from's model, else keep an --init file that has a head, else the run's last stage (--stage).
@@ -327,7 +342,7 @@ class Run:
         if not done:
             raise UserError(f"there is nothing to evaluate in {self.folder}; train first, or give --from CHECKPOINT or "
                             "an --init file with a head")
-        load_state({"model": read_checkpoint(self.folder / f"{done[-1]}.pt")["state"]["model"]}, {"model": model})
+        restore_model(read_checkpoint(self.folder / f"{done[-1]}.pt"), model)
         return done[-1]
 
     # ------------------------------------------------------------------ results
@@ -342,6 +357,8 @@ class Run:
         """
         if not (self.finished(name) or self.options.eval):
             return
+        if self.options.export and self.rank == 0:                   # a later stage's model replaces it
+            self._export(model, classes)
         results = self.results()
         if name not in results:
             results[name] = {}
@@ -391,7 +408,7 @@ class Run:
     def _selected_stages(self) -> tuple[str, ...]:
         first = 0
         if self.options.from_:
-            checkpoint = read_checkpoint(Path(self.options.from_))
+            checkpoint = self._read_from()
             if "random" in checkpoint and not self.options.eval:
                 raise UserError(f"--from {self.options.from_} is from inside the stage {checkpoint['stage']!r}; start that run "
                                 "again to finish it")
@@ -410,6 +427,26 @@ class Run:
             raise UserError(f"--stage {self.options.stage} needs {self.folder / before[-1]}.pt, which does not exist: "
                             f"run --stage {before[-1]} first or give --from CHECKPOINT")
         return (self.options.stage,)
+
+    def _read_from(self) -> dict:
+        """The checkpoint in --from. One that others published counts as a model that finished the first stage."""
+        path = Path(self.options.from_)
+        if not path.exists():
+            raise UserError(f"there is no checkpoint {path}")
+        content = read_file(path, "--from")
+        if is_checkpoint(content):
+            return content
+        if not recognise(content, f"--from {path}", path, self.options.branches).family:
+            raise UserError(f"--from {path} is neither a checkpoint of this project nor a trained network of a family that is "
+                            "known here; initial weights load by --init")
+        return {"stage": self.stages[0]}
+
+    def _export(self, model: nn.Module, classes) -> None:
+        path = Path(self.options.export)
+        state, about = export(path, model, classes.names)
+        write_atomically(path, lambda file: torch.save(state, file))
+        write_json(side_file(path), about)
+        print(f"export: {path}, {side_file(path)}", flush=True)
 
     def _check_config(self) -> None:
         """Refuse to continue a run with other settings; a folder in which nothing was trained yet is free."""
@@ -521,6 +558,7 @@ class Run:
         kept = {key: value for key, value in state.items() if complete or not isinstance(value, torch.optim.Optimizer)}
         checkpoint = {"method": self.method, "stage": stage, "iteration": iteration, "config": to_json(self.cfg),
                       "options": to_json(self.options),
+                      "structure": {key: asdict(value.structure) for key, value in kept.items() if isinstance(value, DeepLab)},
                       "state": {key: value.state_dict() if hasattr(value, "state_dict") else value
                                 for key, value in kept.items()}}
         for key, value in checkpoint["state"].items():
@@ -538,7 +576,7 @@ class Run:
         if path.exists():
             checkpoint = read_checkpoint(path)
             if checkpoint["stage"] == stage:
-                load_state(checkpoint["state"], state)
+                restore(checkpoint, state)
                 set_random_states(checkpoint["random"], self.device)
                 start = checkpoint["iteration"]
                 print(f"{stage}: resuming at iteration {start}", flush=True)
@@ -807,9 +845,27 @@ def read_checkpoint(path: Path) -> dict:
     except Exception as error:
         raise UserError(f"{path} is damaged or not a checkpoint ({type(error).__name__}); "
                         "delete it to start again from what came before") from error
-    if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("state"), dict) or "stage" not in checkpoint:
+    if not is_checkpoint(checkpoint):
         raise UserError(f"{path} is not a checkpoint of this project; weights of other projects load by --init")
     return checkpoint
+
+
+def is_checkpoint(content) -> bool:
+    """Whether the content of a file is one of this project's checkpoints."""
+    return isinstance(content, dict) and isinstance(content.get("state"), dict) and "stage" in content
+
+
+def restore(checkpoint: dict, state: dict) -> None:
+    """Give the networks in `state` the checkpoint's structures, then load its entries into the objects of the same names."""
+    for key, value in state.items():
+        if isinstance(value, DeepLab):
+            value.configure(Structure.read(checkpoint.get("structure", {}).get(key), f"the checkpoint's {key!r}"))
+    load_state(checkpoint["state"], state)
+
+
+def restore_model(checkpoint: dict, model: nn.Module) -> None:
+    """Load the network of a checkpoint alone."""
+    restore({**checkpoint, "state": {"model": checkpoint["state"]["model"]}}, {"model": model})
 
 
 def load_state(saved: dict, state: dict) -> None:

@@ -1,0 +1,520 @@
+"""Published checkpoints: each family against a forward pass written out here from its raw tensors, wrong files, round trips.
+
+The files are written with exactly the published names. ResNet-50 stands for ResNet-101 where the depth does not matter, and
+ResNet-18 where the forward pass does not.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchvision import models
+
+import cag
+import fada
+from common import data
+from common.cli import UserError
+from common.data import IMAGENET_MEAN, IMAGENET_STD
+from common.deeplab import build_model, load_weights, read_weights
+from common.published import Structure, export, recognise
+from common.run import Options, Run, restore_model
+
+BLOCKS = {"resnet50": (3, 4, 6, 3), "resnet101": (3, 4, 23, 3)}
+K = 19
+
+
+# ------------------------------------------------------------------------------------- files as they were published
+
+
+def encoder(backbone: str, prefix: str, counters: bool = True) -> dict[str, Tensor]:
+    """ResNet's names and shapes, torchvision's and Caffe's alike, with random values that keep activations near 1."""
+    state: dict[str, Tensor] = {}
+
+    def conv(name: str, out: int, inner: int, size: int) -> None:
+        state[f"{prefix}{name}.weight"] = torch.randn(out, inner, size, size) * (2 / (inner * size * size)) ** 0.5
+
+    def norm(name: str, channels: int, last: bool = False) -> None:
+        state.update(batch_norm(f"{prefix}{name}", channels, counters, 0.2 if last else 1.0))
+
+    conv("conv1", 64, 3, 7)
+    norm("bn1", 64)
+    inner = 64
+    for layer, (width, count) in enumerate(zip((64, 128, 256, 512), BLOCKS[backbone]), 1):
+        for block in range(count):
+            name = f"layer{layer}.{block}"
+            for k, (out, into, size) in enumerate([(width, inner, 1), (width, width, 3), (4 * width, width, 1)], 1):
+                conv(f"{name}.conv{k}", out, into, size)
+                norm(f"{name}.bn{k}", out, last=k == 3)
+            if block == 0:
+                conv(f"{name}.downsample.0", 4 * width, inner, 1)
+                norm(f"{name}.downsample.1", 4 * width)
+            inner = 4 * width
+    return state
+
+
+def batch_norm(name: str, channels: int, counters: bool = True, scale: float = 1.0) -> dict[str, Tensor]:
+    var = 10 ** (3 * torch.rand(channels) - 3)                         # from so small that an eps shows
+    state = {f"{name}.weight": scale * (0.5 + torch.rand(channels)) * var.sqrt(), f"{name}.bias": 0.1 * torch.randn(channels),
+             f"{name}.running_mean": 0.1 * torch.randn(channels), f"{name}.running_var": var}
+    return state | ({f"{name}.num_batches_tracked": torch.tensor(7)} if counters else {})
+
+
+def summed_head(prefix: str, channels: int = 2048, trained: int = 4) -> dict[str, Tensor]:
+    """Four dilated convolutions, of which the last ones may still have their first weights."""
+    state = {}
+    for k in range(4):
+        scale = 0.004 + 0.004 * torch.rand(K, 1, 1, 1) if k < trained else 0.01
+        state[f"{prefix}conv2d_list.{k}.weight"] = scale * torch.randn(K, channels, 3, 3)
+        state[f"{prefix}conv2d_list.{k}.bias"] = torch.randn(K)
+    return state
+
+
+def v3plus(backbone: str, last_conv: tuple[int, ...]) -> dict[str, Tensor]:
+    state = encoder(backbone, "backbone.")
+
+    def conv(name: str, out: int, inner: int, size: int) -> None:
+        state[f"{name}.weight"] = torch.randn(out, inner, size, size) * (2 / (inner * size * size)) ** 0.5
+
+    for k, size in enumerate((1, 3, 3, 3), 1):
+        conv(f"aspp.aspp{k}.atrous_conv", 256, 2048, size)
+        state |= batch_norm(f"aspp.aspp{k}.bn", 256)
+    conv("aspp.global_avg_pool.1", 256, 2048, 1)
+    state |= batch_norm("aspp.global_avg_pool.2", 256)
+    conv("aspp.conv1", 256, 1280, 1)
+    state |= batch_norm("aspp.bn1", 256)
+    conv("decoder.conv1", 48, 256, 1)
+    state |= batch_norm("decoder.bn1", 48)
+    for place, (out, inner, size) in zip(last_conv, [(256, 304, 3), (256, 0, 0), (256, 256, 3), (256, 0, 0), (K, 256, 1)]):
+        if size:
+            conv(f"decoder.last_conv.{place}", out, inner, size)
+        else:
+            state |= batch_norm(f"decoder.last_conv.{place}", out)
+    state[f"decoder.last_conv.{last_conv[-1]}.bias"] = torch.randn(K)
+    return state
+
+
+# ------------------------------------------------------------------- forward passes, straight from the raw tensors
+
+
+def norm(state: dict, name: str, x: Tensor, eps: float = 1e-5) -> Tensor:
+    mean, var, weight, bias = (state[f"{name}.{part}"].double() for part in ("running_mean", "running_var", "weight", "bias"))
+    return F.batch_norm(x, mean, var, weight, bias, eps=eps)
+
+
+def conv(state: dict, name: str, x: Tensor, **how) -> Tensor:
+    bias = state.get(f"{name}.bias")
+    return F.conv2d(x, state[f"{name}.weight"].double(), None if bias is None else bias.double(), **how)
+
+
+def resnet(state: dict, prefix: str, x: Tensor, strides, dilations, first_dilations, caffe: bool = False,
+           eps: float = 1e-5) -> tuple[Tensor, Tensor]:
+    """Outputs of layer1 and layer4. `dilations` of a layer: one number, or one a block; its first block's stand apart."""
+    x = norm(state, f"{prefix}bn1", conv(state, f"{prefix}conv1", x, stride=2, padding=3), eps).relu()
+    x = F.max_pool2d(x, 3, 2, 1, ceil_mode=caffe)
+    for layer in range(1, 5):
+        block = 0
+        while f"{prefix}layer{layer}.{block}.conv1.weight" in state:
+            name, stride = f"{prefix}layer{layer}.{block}", strides[layer - 1] if block == 0 else 1
+            d = dilations[layer - 1]
+            d = first_dilations[layer - 1] if block == 0 else d[block] if isinstance(d, tuple) else d
+            y = norm(state, f"{name}.bn1", conv(state, f"{name}.conv1", x, stride=stride if caffe else 1), eps).relu()
+            y = conv(state, f"{name}.conv2", y, stride=1 if caffe else stride, dilation=d, padding=d)
+            y = norm(state, f"{name}.bn3", conv(state, f"{name}.conv3", norm(state, f"{name}.bn2", y, eps).relu()), eps)
+            if block == 0:
+                x = norm(state, f"{name}.downsample.1", conv(state, f"{name}.downsample.0", x, stride=stride), eps)
+            x = (x + y).relu()
+            block += 1
+        if layer == 1:
+            low = x
+    return low, x
+
+
+def branches(state: dict, prefix: str, x: Tensor, count: int) -> Tensor:
+    return sum(conv(state, f"{prefix}conv2d_list.{k}", x, dilation=6 * k + 6, padding=6 * k + 6) for k in range(count))
+
+
+def caffe_forward(state: dict, x: Tensor, head: str, count: int) -> Tensor:
+    _, x = resnet(state, "", x, (1, 2, 1, 1), (1, 1, 2, 4), (1, 1, 2, 4), caffe=True)
+    return branches(state, f"{head}.", x, count)
+
+
+def fada_forward(state: dict, x: Tensor, eps: float) -> Tensor:
+    _, x = resnet(state, "backbone.", x, (1, 2, 1, 1), (1, 1, 2, 4), (1, 1, 1, 2), eps=eps)
+    return branches(state, "", x, 4)
+
+
+def v3plus_forward(state: dict, x: Tensor, last_conv: tuple[int, ...]) -> Tensor:
+    low, x = resnet(state, "backbone.", x, (1, 2, 2, 1), (1, 1, 1, (2, 4, 8)), (1, 1, 1, 2))
+    parts = [conv(state, f"aspp.aspp{k}.atrous_conv", x, dilation=d, padding=p)
+             for k, (d, p) in enumerate(((1, 0), (6, 6), (12, 12), (18, 18)), 1)]
+    parts = [norm(state, f"aspp.aspp{k}.bn", part).relu() for k, part in enumerate(parts, 1)]
+    pooled = norm(state, "aspp.global_avg_pool.2", conv(state, "aspp.global_avg_pool.1", F.adaptive_avg_pool2d(x, 1))).relu()
+    parts.append(F.interpolate(pooled, x.shape[2:], mode="bilinear", align_corners=True))
+    x = norm(state, "aspp.bn1", conv(state, "aspp.conv1", torch.cat(parts, dim=1))).relu()
+    low = norm(state, "decoder.bn1", conv(state, "decoder.conv1", low)).relu()
+    x = torch.cat([F.interpolate(x, low.shape[2:], mode="bilinear", align_corners=True), low], dim=1)
+    a, b, c, d, e = (f"decoder.last_conv.{place}" for place in last_conv)
+    x = norm(state, b, conv(state, a, x, padding=1)).relu()
+    return conv(state, e, norm(state, d, conv(state, c, x, padding=1)).relu())
+
+
+def small_file(trained: int = 2) -> dict[str, Tensor]:
+    """AdaptSegNet's names on ResNet-18."""
+    state = {key: value for key, value in models.resnet18().state_dict().items() if not key.startswith("fc.")}
+    return state | summed_head("layer5.", 256) | summed_head("layer6.", 512, trained)
+
+
+@pytest.fixture(scope="module")
+def caffe() -> dict[str, Tensor]:
+    torch.manual_seed(0)
+    return small_file()
+
+
+# ---------------------------------------------------------------------------------------------------- the families
+
+
+def bgr(pixels: Tensor) -> Tensor:
+    return 255 * pixels.flip(1) - torch.tensor([104.00698793, 116.66876762, 122.67891434], dtype=torch.float64).view(3, 1, 1)
+
+
+def imagenet(pixels: Tensor) -> Tensor:
+    mean, std = (torch.tensor(value, dtype=torch.float64).view(3, 1, 1) for value in (IMAGENET_MEAN, IMAGENET_STD))
+    return (pixels - mean) / std
+
+
+CAG, BISMAP = (0, 1, 4, 5, 8), (0, 1, 3, 4, 7)
+
+
+def adaptsegnet(backbone: str = "resnet50", trained: int = 2, counters: bool = True) -> dict:
+    return encoder(backbone, "", counters) | summed_head("layer5.", 1024) | summed_head("layer6.", trained=trained)
+
+
+def fada_file(backbone: str = "resnet50", frozen: bool = True) -> dict:
+    return {"iteration": 40000, "feature_extractor": encoder(backbone, "backbone.", not frozen), "classifier": summed_head(""),
+            "model_D": {f"{name}.{part}": torch.randn(2, 2) for name in ("D.0", "D.2", "cls1", "cls2")
+                        for part in ("weight", "bias")},
+            "optimizer_fea": {"state": {}, "param_groups": [{"lr": 1e-4, "params": [0]}]}}
+
+
+def wrapped(name: str, state: dict) -> dict:
+    return {name: {"model_state": state, "optimizer_state": {"param_groups": []}, "scheduler_state": {"last_epoch": 3}},
+            "iter": 9000, "best_iou": np.float64(0.5023)}
+
+
+# name -> network, content of the file, --branches, input, forward pass of the content, words of the printed line
+FAMILIES = {
+    "AdaptSegNet": ("v2", adaptsegnet, None, bgr, lambda c, x: caffe_forward(c, x, "layer6", 2),
+                    ["AdaptSegNet, SIM or ADVENT", "layer6 sums 2", "--branches 4", "left out layer5", "BGR"]),
+    "AdaptSegNet by --branches": ("v2", lambda: adaptsegnet(trained=4), 2, bgr, lambda c, x: caffe_forward(c, x, "layer6", 2),
+                                  ["sums 2 branches (--branches)", "left out 4 tensors"]),
+    "ADVENT": ("v2", lambda: adaptsegnet(trained=4, counters=False), None, bgr, lambda c, x: caffe_forward(c, x, "layer6", 4),
+               ["sums 4 branches", "--branches 2"]),
+    "BDL": ("v2", lambda: {f"module.{k}": v for k, v in (encoder("resnet50", "") | summed_head("layer5.")).items()}, None, bgr,
+            lambda c, x: caffe_forward({k.removeprefix("module."): v for k, v in c.items()}, x, "layer5", 4), ["BDL, FDA"]),
+    "FADA, frozen": ("v2", fada_file, None, imagenet,
+                     lambda c, x: fada_forward(c["feature_extractor"] | c["classifier"], x, 0.0),
+                     ["FADA, DeepLab v2", "eps 0", "left out iteration, model_D, optimizer_fea"]),
+    "FADA": ("v2", lambda: fada_file(frozen=False), None, imagenet,
+             lambda c, x: fada_forward(c["feature_extractor"] | c["classifier"], x, 1e-5), ["FADA"]),
+    "CAG": ("v3+", lambda: wrapped("DeepLab", v3plus("resnet50", CAG)), None, lambda pixels: pixels,
+            lambda c, x: v3plus_forward(c["DeepLab"]["model_state"], x, CAG), ["CAG, DeepLab v3+", "RGB in [0, 1]"]),
+    "BiSMAP": ("v3+", lambda: wrapped("DeepLabV3_plus", v3plus("resnet50", BISMAP)), None, imagenet,
+               lambda c, x: v3plus_forward(c["DeepLabV3_plus"]["model_state"], x, BISMAP), ["BiSMAP, DeepLab v3+"]),
+}
+
+
+def without(state: dict, *parts: str) -> dict:
+    return {key: value for key, value in state.items() if not any(part in key for part in parts)}
+
+
+def save(path: Path, content, **how) -> str:
+    torch.save(content, path, **how)
+    return str(path)
+
+
+def compare(model: nn.Module, content: dict, convert, forward) -> None:
+    pixels = torch.rand(1, 3, 33, 64, dtype=torch.float64)                       # 64: pooling rounded up gives one column more
+    with torch.no_grad():
+        logits = model.double().eval()(imagenet(pixels))[1]
+        expected = forward(content, convert(pixels))
+    assert expected.std() > 0.1
+    torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_family_gives_its_own_networks_logits(name, tmp_path, capsys):
+    network, write, count, convert, forward, words = FAMILIES[name]
+    torch.manual_seed(0)
+    content = write()
+    path = save(tmp_path / "file.pth", content, _use_new_zipfile_serialization=name != "BDL")     # old files are no archives
+    model = build_model(network, "resnet50", K, path, branches=count)
+    line = capsys.readouterr().out
+    assert line.count("\n") == 1 and all(word in line for word in [path, "0 missing", *words]), line
+    assert model.filled and model.frozen_bn == "encoder"
+    compare(model, content, convert, forward)
+
+
+@pytest.mark.parametrize("network", ["v2", "v3+"])
+def test_a_family_in_full_size(network, tmp_path):
+    torch.manual_seed(0)
+    if network == "v2":
+        content = adaptsegnet("resnet101")
+        assert len(content) == 2 * 8 + 6 * 104
+        compare(build_model("v2", "resnet101", K, save(tmp_path / "file.pth", content)), content, bgr,
+                lambda c, x: caffe_forward(c, x, "layer6", 2))
+    else:
+        content = v3plus("resnet101", CAG)
+        compare(build_model("v3+", "resnet101", K, save(tmp_path / "file.pth", content)), content, lambda pixels: pixels,
+                lambda c, x: v3plus_forward(c, x, CAG))
+
+
+def test_two_branches_are_all_that_a_two_branch_head_has(tmp_path, caffe):
+    model = build_model("v2", "resnet18", K, save(tmp_path / "file.pth", caffe)).eval()
+    x = torch.randn(1, 3, 33, 33)
+    with torch.no_grad():
+        before = model(x)[1]
+        changed = {key: value + 100 if "layer6.conv2d_list.2" in key or "layer6.conv2d_list.3" in key else value
+                   for key, value in caffe.items()}
+        path = save(tmp_path / "file.pth", changed)
+        assert torch.equal(build_model("v2", "resnet18", K, path, branches=2).eval()(x)[1], before)
+        assert not torch.allclose(build_model("v2", "resnet18", K, path, branches=4).eval()(x)[1], before)
+    assert len(model.head.branches) == 2                 # no parameter without a gradient: several processes need that
+
+
+def test_untrained_branches_are_told_from_trained_ones():
+    def summed(trained: int, decay: float = 1.0) -> int:
+        torch.manual_seed(0)
+        state = {f"layer6.{key}": decay * value for key, value in summed_head("", trained=trained).items()}
+        return recognise({"conv1.weight": torch.zeros(1), **state}, "--init x").structure.branches
+
+    assert summed(2) == 2 and summed(4) == 4
+    assert summed(0) == 4                                # nothing was trained: nothing to tell by
+    assert summed(2, decay=0.95) == 4                    # weight decay alone shows
+    assert recognise(small_file(2), "--init x").structure.branches == 2
+
+
+def test_weights_converted_from_caffe_initialise_the_encoder(tmp_path, caffe, capsys):
+    """AdaptSegNet's initial weights: `Scale.` before each name, a head of 21 classes or none."""
+    content = {f"Scale.{key}": value for key, value in without(caffe, "conv2d_list", "num_batches_tracked").items()}
+    model = build_model("v2", "resnet18", K, save(tmp_path / "file.pth", content))
+    assert model.structure == Structure(True, True, True, 4, 1e-5, "bgr") and not model.filled
+    assert torch.equal(model.encoder.conv1.weight, content["Scale.conv1.weight"])
+    content |= {f"Scale.{key}": value[:7] for key, value in summed_head("layer5.", 512).items()}
+    path = save(tmp_path / "file.pth", content)
+    with pytest.raises(UserError, match=r"layer5.conv2d_list.0.weight of shape \(7, .*19 classes.*--partial-init"):
+        build_model("v2", "resnet18", K, path)
+    assert not build_model("v2", "resnet18", K, path, partial_init=True).filled
+    assert "BGR 0-255 minus Caffe's mean" in capsys.readouterr().out
+
+
+# ------------------------------------------------------------------------------------------------- what is refused
+
+
+class Malicious:
+    def __reduce__(self):
+        return (open, ("pwned", "w"))
+
+
+
+
+def test_files_that_do_not_fit(tmp_path, caffe, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    model = build_model("v2", "resnet18", K, "none")
+    before = copy.deepcopy(model.state_dict())
+    deeper = {key.replace("layer3.1.", "layer3.2."): value for key, value in caffe.items() if "layer3.1." in key}
+    cases = {
+        "encoder": (without(caffe, "layer3.0.conv1"),
+                    "lacks 1 encoder keys .*layer3.0.conv1.weight.*first names are conv1.weight"),
+        "head": (without(caffe, "layer6.conv2d_list.1"), "but lacks 2 of its keys .*head.branches.1.weight.*whole file"),
+        "branch 0": (without(caffe, "layer6.conv2d_list.0"), "but lacks 2 of its keys .*head.branches.0.weight"),
+        "deeper": (caffe | deeper, "encoder keys more than resnet18 .layer3.2.*--backbone"),
+        "classes": ({key: value[:16] if "layer6" in key else value for key, value in caffe.items()},
+                    r"layer6.conv2d_list.0.weight of shape \(16, .*with 19 classes"),
+        "shapes": (caffe | {"conv1.weight": torch.zeros(64, 3, 3, 3)}, "in another shape .encoder.conv1.weight"),
+        "unknown": ({"net.a.weight": torch.zeros(1), "net.b.weight": torch.zeros(1)},
+                    "no family.*first names are net.a.weight, net.b.weight; expected are layer6.*FADA.*CAG.*torchvision"),
+        "vit": ({"state_dict": {"module.blocks.0.weight": torch.zeros(1)}}, "first names are blocks.0.weight"),
+        "empty": ({"state_dict": {}, "epoch": 3}, "holds no state dict"),
+        "discriminator": ({"iteration": 3, "model_D": {"D.0.weight": torch.zeros(1)}}, "holds no state dict"),
+        "evil": ({"state_dict": caffe, "best": Malicious()}, "more than tensors"),
+        "code": ({"x": np.random.default_rng}, "more than tensors"),
+        "v3+": ({f"{name}.weight": torch.zeros(1) for name in ("backbone.conv1", "aspp.conv1", "decoder.last_conv.8")},
+                "is CAG, DeepLab v3., but this script's network is DeepLab v2: the file is for bismap.py, c2f.py and cag.py"),
+    }
+    for name, (content, words) in cases.items():
+        path = save(tmp_path / f"{name}.pth", content)
+        with pytest.raises(UserError, match=words) as error:
+            load_weights(model, path)
+        assert path in str(error.value) and "\n" not in str(error.value)
+    whole = (tmp_path / "head.pth").read_bytes()
+    (tmp_path / "cut.pth").write_bytes(whole[:-5000])
+    torch.save(caffe, tmp_path / "legacy.pth", _use_new_zipfile_serialization=False)
+    (tmp_path / "cut-legacy.pth").write_bytes((tmp_path / "legacy.pth").read_bytes()[:100_000])
+    (tmp_path / "pickle.pth").write_bytes(pickle.dumps({"state_dict": Malicious()}, protocol=2))
+    for name in ("cut", "cut-legacy", "pickle"):
+        with pytest.raises(UserError, match="no readable checkpoint"):
+            load_weights(model, tmp_path / f"{name}.pth")
+    assert not (tmp_path / "pwned").exists()
+    assert model.structure == Structure() and not model.filled
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+def test_numpy_values_load_and_nothing_else_does(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    values = {"score": np.float64(0.5), "count": np.int64(3), "array": np.arange(6.0).reshape(2, 3), "flag": np.bool_(True)}
+    path = save(tmp_path / "values.pth", values)
+    for old in (False, True):
+        if old:                                          # as NumPy 1 named its module, in a file that is no archive
+            torch.save(values, path, _use_new_zipfile_serialization=False)
+            raw = Path(path).read_bytes()
+            assert b"numpy._core.multiarray" in raw
+            Path(path).write_bytes(raw.replace(b"numpy._core.multiarray", b"numpy.core.multiarray"))
+        loaded = data.load_tensors(path)
+        assert loaded["score"] == 0.5 and loaded["count"] == 3 and loaded["flag"]
+        assert np.array_equal(loaded["array"], values["array"])
+    for evil in (np.array([Malicious()], dtype=object), {"a": Malicious()}, np.load, np.random.RandomState(0)):
+        with pytest.raises(pickle.UnpicklingError):
+            data.load_tensors(save(tmp_path / "evil.pth", {"x": evil}))
+    assert not (tmp_path / "pwned").exists()
+    assert np.ndarray not in torch.serialization.get_safe_globals()    # the list holds while we read, and no longer
+
+
+@pytest.mark.parametrize("values", [{"stride": 1}, {"branches": 9}, {"input": "hsv"}, {"bn_eps": "0"}, {"ceil_mode": 1}, [3]])
+def test_a_structure_that_is_not_known_is_refused(values):
+    with pytest.raises(UserError, match="g2c.pt asks for a structure"):
+        Structure.read(values, "g2c.pt")
+
+
+# -------------------------------------------------------------------------------------------- anchors of CAG's authors
+
+
+def test_the_authors_anchors(tmp_path):
+    vectors = np.random.default_rng(0).normal(size=(19, 256))
+    vectors[4] = 0                                       # never seen
+    for content in ({"objective_vectors": vectors, "objective_num": np.ones(19)}, vectors):
+        anchors = cag.read_anchors(save(tmp_path / "category_anchors", content), 19, 256)
+        assert anchors.dtype == torch.float32 and anchors[4].isnan().all()
+        seen = [k for k in range(19) if k != 4]
+        torch.testing.assert_close(anchors[seen], torch.from_numpy(vectors[seen]).float())
+    for content in ({"objective_vectors": vectors[:16]}, {"objective_vectors": np.zeros((19, 256), dtype=np.int64)},
+                    {"objective_vectors": [1.0]}, {"objective_num": vectors}):
+        with pytest.raises(UserError, match="where anchors are a float tensor"):
+            cag.read_anchors(save(tmp_path / "category_anchors", content), 19, 256)
+
+
+# ---------------------------------------------------------------------------------------------------- round trips
+
+
+def test_the_structure_can_be_changed_and_changed_back():
+    torch.manual_seed(0)
+    model = build_model("v2", "resnet50", 3, "none").eval()
+    x = torch.randn(1, 3, 33, 32)
+    with torch.no_grad():
+        before = model(x)[1]
+        model.configure(Structure(True, True, True, 4, 0.0, "bgr"))
+        assert model(x)[1].shape[3] == before.shape[3] + 1
+        model.configure(Structure())
+        assert torch.equal(model(x)[1], before)
+    model.configure(Structure(branches=2))
+    model.configure(Structure())
+    assert [conv.dilation[0] for conv in model.head.branches] == [6, 12, 18, 24] and len(model.state_dict()) == 326
+
+
+def logits_of(model: nn.Module) -> Tensor:
+    torch.manual_seed(3)
+    with torch.no_grad():
+        return copy.deepcopy(model).cpu().eval()(torch.randn(1, 3, 33, 64))[1]
+
+
+def test_through_our_own_checkpoint_and_export(tmp_path, caffe, capsys):
+    model = build_model("v2", "resnet18", K, save(tmp_path / "file.pth", caffe))
+    expected = logits_of(model)
+    checkpoint = {"stage": "source", "state": {"model": model.state_dict()},
+                  "structure": {"model": model.structure.__dict__}}
+    own = save(tmp_path / "source.pt", checkpoint)
+    assert torch.equal(logits_of(build_model("v2", "resnet18", K, own)), expected)
+    other = build_model("v2", "resnet18", K, "none")
+    restore_model(checkpoint, other)
+    assert torch.equal(logits_of(other), expected) and other.structure == model.structure
+
+    path = tmp_path / "export.pth"
+    state, about = export(path, model, tuple("abc"))
+    torch.save(state, path)
+    with pytest.raises(UserError, match="the file .*export.json beside it.*put it back"):
+        build_model("v2", "resnet18", K, path)
+    (tmp_path / "export.json").write_text(json.dumps(about))
+    again = build_model("v2", "resnet18", K, path)
+    assert torch.equal(logits_of(again), expected) and again.filled
+    assert about["preprocessing"]["channels"] == "BGR" and about["classes"] == ["a", "b", "c"]
+    assert {"backbone.conv1.weight", "backbone.layer4.1.bn2.running_var", "classifier.head.branches.1.bias"} <= state.keys()
+    with pytest.raises(UserError, match="this script's network is DeepLab v3.: the file is for fada.py and sim.py"):
+        build_model("v3+", "resnet18", K, path)
+    assert set(read_weights(path)) == set(state)
+    (tmp_path / "export.json").write_text("{}")
+    with pytest.raises(UserError, match="not there or damaged"):
+        build_model("v2", "resnet18", K, path)
+
+
+SMALL = ("--backbone resnet18 --workers 0 --source-size 64x32 --target-size 64x32 --batch-size 2 --adversarial-iterations 1 "
+         "--no-distill --test-scales 1.0 --device cpu")
+
+
+def test_a_script_evaluates_continues_and_exports(city, tmp_path, caffe, capsys):
+    """fada.py --eval --init; --from after the source stage; its checkpoint and its export carry the structure on."""
+    path = save(tmp_path / "g2c.pth", caffe)
+    where = ["--data", str(city), "--runs", str(tmp_path / "runs"), *SMALL.split()]
+
+    def table(*argv: str) -> list[list[str]]:
+        capsys.readouterr()
+        fada.main([*where, *argv])
+        printed = capsys.readouterr().out
+        assert "mIoU" in printed
+        return [line.split() for line in printed[printed.index("IoU in percent"):].splitlines()[3:] if "--" not in line]
+
+    evaluated = table("--eval", "--init", path)
+    assert table("--eval", "--from", path) == evaluated
+    fada.main([*where, "--from", path, "--init", "none"])
+    printed = capsys.readouterr().out
+    assert "--from " in printed and "adversarial 1/1" in printed and "source 1/" not in printed
+    saved = torch.load(tmp_path / "runs/fada-gta5/adversarial.pt", weights_only=True)
+    assert saved["structure"] == {"model": {**Structure(True, True, True, 2, 1e-5, "bgr").__dict__}}
+
+    trained = table("--eval", "--from", str(tmp_path / "runs/fada-gta5/adversarial.pt"), "--export", str(tmp_path / "out.pth"))
+    assert trained == table("--eval", "--init", str(tmp_path / "out.pth"))
+    assert trained == table("--eval", "--from", str(tmp_path / "out.pth"))
+    assert len(json.loads((tmp_path / "out.json").read_text())["classes"]) == 19
+
+
+def test_what_from_refuses(city, tmp_path, caffe, capsys):
+    def refused(*argv: str) -> str:
+        with pytest.raises(SystemExit) as stop:
+            fada.main(["--data", str(city), "--runs", str(tmp_path), *SMALL.split(), "--init", "none", *argv])
+        assert stop.value.code == 2
+        return capsys.readouterr().err
+
+    headless = save(tmp_path / "a.pth", {f"Scale.{key}": value for key, value in caffe.items() if "conv2d_list" not in key})
+    assert "has no head" in refused("--from", headless)
+    plain = save(tmp_path / "b.pth", without(caffe, "conv2d_list"))
+    assert "neither a checkpoint of this project nor a trained network" in refused("--from", plain)
+    assert "is of no family" in refused("--from", save(tmp_path / "c.pth", {"a": torch.zeros(1)}))
+    assert "the name of the JSON file" in refused("--export", "out.json")
+
+
+def test_stages_after_a_published_file(tmp_path, caffe):
+    class Config:
+        source, target = "gta5", "cityscapes"
+
+    path = save(tmp_path / "file.pth", caffe)
+    for stage, selected in ((None, ("second", "third")), ("third", ("third",))):
+        options = Options(runs=str(tmp_path), from_=path, stage=stage, device="cpu")
+        run = Run.__new__(Run)
+        run.options, run.stages = options, ("first", "second", "third")
+        assert run._selected_stages() == selected

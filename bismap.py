@@ -101,7 +101,7 @@ from common.deeplab import at_least_float32, read_weights, resize_label, resnet_
 from common.run import Options, Run, check_domains, gather_objects, sum_over_processes
 from common.viz import colorize, denormalise
 
-BLOCK = 65_536                                         # features that are worked on at once
+BLOCK = 2048                                           # features that are worked on at once: they stay in the cache
 SIZES = {"synthia": Size(2048, 1024)}                  # Sec. 4.2; the others' own
 SCORES = torch.linspace(-17, 10, 27_001, dtype=torch.float64).sinh()   # histogram by which --pl-ratio picks delta: 0.1 % wide
 KEPT = ("prototypes.pt", "pseudo_labels.pt", "target_prototypes.pt", "transferability.pt")   # by prepare_selftraining
@@ -210,7 +210,7 @@ def component_log_prob(feat: Tensor, gmm: Gmm) -> Tensor:
     """log pi_k + log N_k(f) of Eq. (5), by two matrix products. Args: feat (M, D).  Returns: (M, G)."""
     shift = gmm.mean.mean(dim=0)                                                             # smaller numbers cancel less
     feat, mean, precision = feat - shift, gmm.mean - shift, 1 / gmm.variance
-    square = feat.square() @ precision.T - 2 * feat @ (mean * precision).T + (mean.square() * precision).sum(dim=1)
+    square = feat.square() @ precision.T - feat @ (2 * mean * precision).T + (mean.square() * precision).sum(dim=1)
     constant = gmm.weight.log() - 0.5 * (gmm.variance.log().sum(dim=1) + mean.shape[1] * math.log(2 * math.pi))
     return constant - 0.5 * square.clamp(min=0)
 
@@ -246,23 +246,36 @@ def fit_gmm(feat: Tensor, components: int = 8, iterations: int = 100, tol: float
         (weight, mean, variance), more = few, components - len(feat)
         return Gmm(F.pad(weight, (0, more)), F.pad(mean, (0, 0, 0, more)), F.pad(variance, (0, 0, 0, more), value=1.0))
 
-    def maximise(responsibility: Tensor) -> tuple[Tensor, Gmm]:                               # (M, G)
-        total, square = torch.zeros(2, responsibility.shape[1], feat.shape[1], dtype=torch.float64, device=feat.device)
-        for r, x in zip(responsibility.double().split(BLOCK), feat.split(BLOCK)):
-            total, square = total + r.T @ x.double(), square + r.T @ x.double().square()
-        count = responsibility.sum(dim=0, dtype=torch.float64)
+    center = feat.mean(dim=0)
+    feat = feat - center                                                                      # smaller numbers cancel less
+
+    def maximise(responsibility: Callable[[Tensor], Tensor]) -> tuple[Tensor, Gmm]:
+        """Counts (G,), and the mixture of the weighted samples; responsibility: (m, D) -> (m, G), called block by block."""
+        count, total, square = 0, 0, 0
+        for x in feat.split(BLOCK):
+            r, x = responsibility(x).double().T, x.double()                                   # (G, m), (m, D)
+            count, total, square = count + r.sum(dim=1), total + r @ x, square + r @ x.square()
         n = count.clamp(min=1e-300)[:, None]
         variance = (square / n - (total / n).square()).clamp(min=variance_floor)
         return count, Gmm(*(x.to(feat.dtype) for x in (count / count.sum(), total / n, variance)))
 
     if init is None:
-        init = maximise(F.one_hot(nearest_center(feat, kmeans(feat, components, seed=seed))[1], components))[1]
-    gmm, likelihood = init, -math.inf
+        centers = kmeans(feat, components, seed=seed)
+        gmm = maximise(lambda x: F.one_hot(nearest_center(x, centers)[1], components).to(feat.dtype))[1]
+    else:
+        gmm = init._replace(mean=init.mean - center)
+    likelihood = -math.inf
     for _ in range(iterations):
-        log_prob = component_log_prob(feat, gmm)                                              # (M, G)
-        density = log_prob.logsumexp(dim=1)                                                   # (M,)
+        densities: list[Tensor] = []
+
+        def expect(x: Tensor, gmm=gmm, densities=densities) -> Tensor:
+            log_prob = component_log_prob(x, gmm)                                             # (m, G)
+            densities.append(log_prob.logsumexp(dim=1))
+            return (log_prob - densities[-1][:, None]).exp()
+
+        count, gmm = maximise(expect)
+        density = torch.cat(densities)                                                        # (M,)
         before, likelihood = likelihood, density.mean(dtype=torch.float64).item()
-        count, gmm = maximise((log_prob - density[:, None]).exp())
         if count.min() < 1e-6:                                                                # repair it, and go on
             empty, far = int(count.argmin()), int(density.argmin())
             gmm.weight[empty], gmm.mean[empty] = 1 / len(feat), feat[far]
@@ -270,7 +283,7 @@ def fit_gmm(feat: Tensor, components: int = 8, iterations: int = 100, tol: float
             gmm.weight.div_(gmm.weight.sum())
         elif likelihood - before < tol:
             break
-    return gmm
+    return gmm._replace(mean=gmm.mean + center)
 
 
 def correct_label_map(logits: Tensor, label: Tensor) -> Tensor:

@@ -128,11 +128,13 @@ class SummedASPP(nn.Module):
 
     def resize(self, count: int) -> None:
         """Have the first `count` of the four branches: others are removed, those that come anew are random."""
-        new = [nn.Conv2d(*self.shape, 3, padding=d, dilation=d) for d in (6, 12, 18, 24)[len(self.branches): count]]
+        like = next(((p.device, p.dtype) for p in self.parameters()), (None, None))
+        new = [nn.Conv2d(*self.shape, 3, padding=d, dilation=d, device=like[0], dtype=like[1])
+               for d in (6, 12, 18, 24)[len(self.branches): count]]
         for conv in new:
             nn.init.normal_(conv.weight, 0, 0.01)
             nn.init.zeros_(conv.bias)
-            self.branches.append(conv.to(next(self.parameters(), conv.weight)))
+            self.branches.append(conv)
         del self.branches[count:]
 
     def forward(self, feat: Tensor) -> Tensor:

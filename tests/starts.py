@@ -8,6 +8,7 @@ import importlib
 import json
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,6 +16,11 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
+
+
+def link_checkpoints(source: str, target: str) -> None:
+    """For shutil.copytree: checkpoints, which are only ever replaced as a whole, need not be written again."""
+    os.link(source, target) if source.endswith(".pt") else shutil.copy(source, target)
 
 
 class Start:

@@ -12,6 +12,7 @@ import signal
 
 import pytest
 import torch
+from starts import link_checkpoints
 from test_faults import arguments, starts  # noqa: F401 (a fixture)
 
 from common.data import find_pairs
@@ -70,7 +71,7 @@ def test_damaged_files_end_in_the_same_result_or_in_a_sentence(kind, share, run,
     def start():
         if line is argv:                                          # a run that goes on: from the same state each time
             shutil.rmtree(root / "runs")
-            shutil.copytree(root / "kept", root / "runs", copy_function=shutil.copy)
+            shutil.copytree(root / "kept", root / "runs", copy_function=link_checkpoints)
             path.write_bytes(content)
         status, text = starts.run("fada", line)
         end = folder / "distill.pt"

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from starts import link_checkpoints
 
 from common.cli import defaults_table
 from common.run import Run
@@ -60,7 +61,7 @@ def test_end_to_end_and_resumed_in_every_stage(script, city, tmp_path, monkeypat
     stopped = tmp_path / f"{script}-gta5-stopped"
     for k, stage in enumerate(stages):
         shutil.rmtree(stopped, ignore_errors=True)
-        shutil.copytree(whole, stopped)                          # with the stages before it finished
+        shutil.copytree(whole, stopped, copy_function=link_checkpoints)      # with the stages before it finished
         (stopped / "results.json").write_text(json.dumps({name: results[name] for name in stages[:k]}))
         for name in stages[k:]:
             (stopped / f"{name}.pt").unlink()

@@ -113,7 +113,7 @@ class PassRun:
 
 
 class RandomImages:
-    """Images and labels of 128x64 that are made when they are asked for, as often as they are."""
+    """Images and labels of 64x32 that are made when they are asked for, as often as they are."""
 
     def __init__(self, count: int):
         self.count = count
@@ -123,7 +123,7 @@ class RandomImages:
 
     def __iter__(self):
         for k in range(self.count):
-            yield torch.randn(1, 3, 64, 128), torch.randint(0, 19, (1, 64, 128)), (f"{k}",)
+            yield torch.randn(1, 3, 32, 64), torch.randint(0, 19, (1, 32, 64)), (f"{k}",)
 
 
 def peak_memory(pass_: str, count: int) -> int:

@@ -56,7 +56,7 @@ class Start:
 
 class Starts:
     """`start(script, argv)` starts a script; `file_limit` bounds the bytes of a file, as a full disk does; `nan_at` makes the
-    image of this data set access NaN; `function` calls another function of tests/starts.py instead of a script's main."""
+    image of this data set access NaN."""
 
     def __init__(self, folder: Path):
         self.folder, self.count, self.ended = folder, 0, {}

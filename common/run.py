@@ -93,7 +93,7 @@ class Run:
         self.rank, self.world = join_processes()
         self.folder = run_folder(method, cfg, options)
         self.selected = self._selected_stages()
-        self._stop = False
+        self._asked_to_stop = self._stop = False              # by a signal to this process; all processes agreed to
         self._watched: tuple | None = None
         self._held = None
         self._losses: list[dict[str, Tensor]] = []
@@ -236,7 +236,7 @@ class Run:
         with self._signals():
             for k, (image, label, names, *maps) in enumerate(data.loaded(loader)):
                 yield self._image(image), label.to(self.device), names, *(m.to(self.device) for m in maps)
-                if self._stop:
+                if self._asked_to_stop:
                     self._stop_here()
                 clock.live(f"{what}: image {k + 1} of {len(loader)}", k + 1)
         clock.print()
@@ -497,10 +497,9 @@ class Run:
 
     def _agree_to_stop(self) -> None:
         """If one process was asked to stop, all stop after the same iteration."""
-        if self.world > 1:
-            asked = torch.tensor(int(self._stop))
-            sum_over_processes(asked)
-            self._stop = bool(asked)
+        asked = torch.tensor(int(self._asked_to_stop))
+        sum_over_processes(asked)
+        self._stop = bool(asked)
 
     def _to_device(self, batch: list) -> tuple:
         image, label, _, *maps = batch
@@ -542,7 +541,7 @@ class Run:
         model, dataset, classes = self._watched
         loader = data.sweep_loader(dataset, self.options.workers, self.device.type == "cuda", self.rank, self.world)
         with self.autocast():
-            images = itertools.takewhile(lambda _: not self._stop, data.loaded(loader))
+            images = itertools.takewhile(lambda _: not self._asked_to_stop, data.loaded(loader))
             matrix = metrics.evaluate(model, images, len(classes), self.device)
         sum_over_processes(matrix)
         self._agree_to_stop()
@@ -599,7 +598,7 @@ class Run:
     def _signals(self):
         """Turn the first SIGINT or SIGTERM into a clean stop after the iteration under way."""
         def ask_to_stop(number, frame):
-            self._stop = True
+            self._asked_to_stop = True
             signal.signal(number, previous[number])          # a second signal is not held up
 
         previous = {}

@@ -439,7 +439,7 @@ def adapted(city, tmp_path_factory):
     def report(self, _report=Run.report, **losses):
         _report(self, **losses)
         report.count += 1
-        self._stop = report.count == 5
+        self._asked_to_stop = report.count == 5
     report.count = 0
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Run, "report", report)

@@ -1,6 +1,6 @@
 """Two processes under torchrun: they take the steps that one process with batches twice as large takes, and end together.
 
-As a program, `torchrun test_distributed.py DATA RUNS SCRIPT...` runs the scripts with a total batch of two."""
+As a program, `torchrun test_distributed.py DATA RUNS "SCRIPT [FLAGS]"...` runs the scripts with a total batch of two."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import importlib
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -36,9 +37,9 @@ FLAGS = {                                              # {b}: images a process, 
 def main(data: str, runs: str, *scripts: str) -> None:
     torch.set_num_threads(1)
     each = 2 // int(os.environ.get("WORLD_SIZE", "1"))
-    for script in scripts:
+    for script, *more in map(str.split, scripts):
         flags = FLAGS[script].format(b=each, b2=2 * each).split()
-        importlib.import_module(script).main(["--data", data, "--runs", runs, *SMALL, *flags])
+        importlib.import_module(script).main(["--data", data, "--runs", runs, *SMALL, *flags, *more])
 
 
 def start(processes: int, *arguments: str | Path) -> subprocess.Popen:
@@ -94,6 +95,20 @@ def test_a_process_that_fails_ends_the_run(city, tmp_path):
     printed, errors = process.communicate(timeout=120)
     assert process.returncode != 0 and f"(process 1): error: cannot read {image}" in errors, errors
     assert (tmp_path / "runs/fada-gta5/source.pt").exists()                       # what was finished is kept
+
+
+def test_sigterm_to_torchrun_leaves_a_checkpoint_of_both(city, tmp_path):
+    """As a scheduler ends a job: both processes stop after the same iteration, and one process can go on from there."""
+    process = start(2, city, tmp_path, "fada --source-iterations 5000 --save-every 5000")
+    for line in process.stdout:
+        if line.startswith("source 2/5000"):
+            break
+    process.send_signal(signal.SIGTERM)
+    printed, errors = process.communicate(timeout=60)
+    assert process.returncode != 0 and "source.pt" not in os.listdir(tmp_path / "fada-gta5"), errors
+    stopped = torch.load(tmp_path / "fada-gta5/last.pt", weights_only=True)
+    assert stopped["stage"] == "source" and 2 <= stopped["iteration"] < 5000
+    assert f"source {stopped['iteration']}/5000" in printed and "stopped; resume with" in printed, (printed, errors)
 
 
 if __name__ == "__main__":

@@ -69,7 +69,7 @@ def test_end_to_end_and_resumed_in_every_stage(script, city, tmp_path, monkeypat
         def report(self, _report=Run.report, **losses):
             _report(self, **losses)
             report.count += 1
-            self._stop = report.count == 2                       # what SIGTERM's handler does
+            self._asked_to_stop = report.count == 2                       # what SIGTERM's handler does
         report.count = 0
         monkeypatch.setattr(Run, "report", report)
         with pytest.raises(SystemExit) as stop:

@@ -549,10 +549,10 @@ def main(argv: list[str] | None = None) -> None:
                 target = target.with_maps(folder)
             model = run.network("v2", classes)                              # "we reinitialize and repeat", Sec. 4.3
         stuff, things = make_banks(run, cfg, classes, model.feat_channels)
-        trains = run.trains(f"step{step}")
+        undrawn = run.trains(f"step{step}") or not (run.folder / f"step{step}-matches.png").exists()
         run.watch(model, test, classes)
         train_step(run, cfg, step, model, stuff, things, source, target)
-        if trains:
+        if undrawn and run.reaches(f"step{step}"):
             draw_matches(run, cfg, step, model, stuff, things, target, classes)
         run.evaluate(f"step{step}", model, test, classes, tests)
 

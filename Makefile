@@ -27,8 +27,8 @@ DEMO = --source-iterations 200 --adversarial-iterations 200 --distill-iterations
 test: setup lint          ## lint, then all tests
 	$(PY) -m pytest -n 2 --dist loadfile
 
-soak: setup               ## hours: 200 kills, 5,000 damaged files, a leak over 2,000 iterations
-	$(PY) -m pytest --soak tests/test_faults.py tests/test_fuzz.py
+soak: setup               ## hours: 200 kills, 40 of torchrun, 5,000 damaged files, a leak over 2,000 iterations
+	$(PY) -m pytest --soak tests/test_faults.py tests/test_distributed.py tests/test_fuzz.py
 
 lint: setup               ## style
 	$(PY) -m ruff check .

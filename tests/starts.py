@@ -15,12 +15,41 @@ import sys
 import time
 from pathlib import Path
 
+import torch
+
 ROOT = Path(__file__).parents[1]
 
 
 def link_checkpoints(source: str, target: str) -> None:
     """For shutil.copytree: checkpoints, which are only ever replaced as a whole, need not be written again."""
     os.link(source, target) if source.endswith(".pt") else shutil.copy(source, target)
+
+
+def tensors(content, name=""):
+    if isinstance(content, dict):
+        for key, value in content.items():
+            yield from tensors(value, f"{name}/{key}")
+    elif isinstance(content, torch.Tensor):
+        yield name, content
+
+
+def assert_same_end(folder: Path, whole: Path) -> None:
+    """Every checkpoint, label and map, and the results, to the bit."""
+    files = sorted(path.relative_to(whole) for path in whole.rglob("*") if path.suffix in (".pt", ".png", ".json")
+                   and path.name != "config.json" and not path.name.endswith(("losses.png", "miou.png")))
+    assert files and not (folder / "last.pt").exists()
+    for file in files:
+        if file.suffix == ".pt":
+            one, other = (dict(tensors(torch.load(root / file, weights_only=True))) for root in (folder, whole))
+            assert one.keys() == other.keys() and all(torch.equal(one[key].nan_to_num(), other[key].nan_to_num())
+                                                      for key in other), file
+        else:
+            assert (folder / file).read_bytes() == (whole / file).read_bytes(), file
+
+
+def children(pid: int) -> list[int]:
+    done = subprocess.run(["ps", "-o", "pid=", "--ppid", str(pid)], capture_output=True, text=True)
+    return [int(line) for line in done.stdout.split()]
 
 
 class Start:
@@ -119,7 +148,6 @@ def child(job: dict, output: int) -> None:
 
 def serve() -> None:
     """Fork for each line of standard input; tell of starts and ends on standard output."""
-    import torch
     for script in ("bismap", "c2f", "cag", "fada", "sim"):
         importlib.import_module(script)
     torch.set_num_threads(1)

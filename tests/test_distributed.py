@@ -4,17 +4,21 @@ As a program, `torchrun test_distributed.py DATA RUNS "SCRIPT [FLAGS]"...` runs 
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 import os
+import random
 import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
+from starts import assert_same_end, children, tensors
 
 from common.data import find_pairs
 
@@ -49,14 +53,6 @@ def start(processes: int, *arguments: str | Path) -> subprocess.Popen:
                             env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"})
 
 
-def tensors(content, name=""):
-    if isinstance(content, dict):
-        for key, value in content.items():
-            yield from tensors(value, f"{name}/{key}")
-    elif isinstance(content, torch.Tensor):
-        yield name, content.double()
-
-
 def test_two_processes_take_the_steps_of_one(city, tmp_path):
     both = [start(n, city, tmp_path / f"{n}", *FLAGS) for n in (1, 2)]
     for process in both:
@@ -66,7 +62,8 @@ def test_two_processes_take_the_steps_of_one(city, tmp_path):
     files = sorted(path.relative_to(tmp_path / "1") for path in (tmp_path / "1").rglob("*.pt"))
     assert len(files) == len(list((tmp_path / "2").rglob("*.pt"))) >= 20
     for file in files:
-        one, two = (dict(tensors(torch.load(tmp_path / n / file, weights_only=True))) for n in "12")
+        one, two = ({key: value.double() for key, value in tensors(torch.load(tmp_path / n / file, weights_only=True))}
+                    for n in "12")
         assert one.keys() == two.keys()
         for key in one:
             close = torch.isclose(one[key], two[key], rtol=1e-3, atol=2e-5, equal_nan=True)
@@ -109,6 +106,29 @@ def test_sigterm_to_torchrun_leaves_a_checkpoint_of_both(city, tmp_path):
     stopped = torch.load(tmp_path / "fada-gta5/last.pt", weights_only=True)
     assert stopped["stage"] == "source" and 2 <= stopped["iteration"] < 5000
     assert f"source {stopped['iteration']}/5000" in printed and "stopped; resume with" in printed, (printed, errors)
+
+
+@pytest.mark.parametrize("script", FLAGS)
+def test_two_processes_killed_at_random_moments(script, city, tmp_path, soak):
+    """SIGTERM to torchrun, or kill -9 of it and of both processes: started again and again, they end as undisturbed ones do."""
+    if not soak:
+        pytest.skip("takes minutes: --soak")
+    begin, whole = time.monotonic(), start(2, city, tmp_path / "whole", f"{script} --save-every 1")
+    printed, errors = whole.communicate(timeout=300)
+    assert whole.returncode == 0, errors
+    seconds, dice = time.monotonic() - begin, random.Random(script)
+    for number in [signal.SIGTERM, signal.SIGKILL] * 4:
+        process = start(2, city, tmp_path / "killed", f"{script} --save-every 1")
+        time.sleep(dice.uniform(0.3, 0.9) * seconds)
+        family = [process.pid, *children(process.pid)]
+        for pid in family if number == signal.SIGKILL else family[:1]:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, number)
+        process.communicate(timeout=120)
+    process = start(2, city, tmp_path / "killed", f"{script} --save-every 1")
+    printed, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors
+    assert_same_end(tmp_path / f"killed/{script}-gta5", tmp_path / f"whole/{script}-gta5")
 
 
 if __name__ == "__main__":

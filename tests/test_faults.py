@@ -8,13 +8,13 @@ import os
 import random
 import shutil
 import signal
-import subprocess
 import time
 from pathlib import Path
 
 import pytest
 import torch
-from starts import Starts
+from PIL import Image
+from starts import Starts, assert_same_end, children, tensors
 
 from common.data import find_pairs
 
@@ -40,28 +40,6 @@ def starts(tmp_path_factory):
 
 def arguments(script: str, city: Path, runs: Path, *more: str) -> list[str]:
     return ["--data", str(city), "--runs", str(runs), *SMALL, *FLAGS[script].split(), *more]
-
-
-def tensors(content, name=""):
-    if isinstance(content, dict):
-        for key, value in content.items():
-            yield from tensors(value, f"{name}/{key}")
-    elif isinstance(content, torch.Tensor):
-        yield name, content
-
-
-def assert_same_end(folder: Path, whole: Path) -> None:
-    """Every checkpoint, label and map, and the results, to the bit."""
-    files = sorted(path.relative_to(whole) for path in whole.rglob("*") if path.suffix in (".pt", ".png", ".json")
-                   and path.name != "config.json" and not path.name.endswith(("losses.png", "miou.png")))
-    assert files and not (folder / "last.pt").exists()
-    for file in files:
-        if file.suffix == ".pt":
-            one, other = (dict(tensors(torch.load(root / file, weights_only=True))) for root in (folder, whole))
-            assert one.keys() == other.keys() and all(torch.equal(one[key].nan_to_num(), other[key].nan_to_num())
-                                                      for key in other), file
-        else:
-            assert (folder / file).read_bytes() == (whole / file).read_bytes(), file
 
 
 @pytest.fixture(scope="module")
@@ -160,6 +138,25 @@ def test_checkpoints_that_are_damaged_or_of_another_run(starts, city, tmp_path, 
     assert starts.run("fada", argv)[0] == 0
 
 
+def test_a_pseudo_label_of_another_size(starts, city, tmp_path, undisturbed):
+    """Between two starts: refused by name, not resized; with the file of before the run goes on."""
+    whole, _ = undisturbed("fada")
+    argv, folder = arguments("fada", city, tmp_path, "--workers", "1"), tmp_path / "fada-gta5"
+    shutil.copytree(whole, folder)
+    for name in ("distill.pt", "results.json"):
+        (folder / name).unlink()
+    stopped_in(starts, "fada", argv, "distill 1/3")
+    assert (folder / "last.pt").exists()
+    for label in folder.glob("pseudo_labels/**/*.png"):                       # whichever image comes next
+        Image.open(label).resize((32, 16)).save(label)
+    status, text = starts.run("fada", argv)
+    assert status == 2 and "pseudo_labels" in text and "32x16" in text and "Traceback" not in text, text
+    shutil.rmtree(folder / "pseudo_labels")
+    shutil.copytree(whole / "pseudo_labels", folder / "pseudo_labels")
+    assert starts.run("fada", argv)[0] == 0
+    assert_same_end(folder, whole)
+
+
 def test_an_image_that_becomes_unreadable_and_a_worker_that_is_killed(starts, city, tmp_path, undisturbed):
     whole, _ = undisturbed("fada")
     data = tmp_path / "data"
@@ -183,11 +180,6 @@ def test_an_image_that_becomes_unreadable_and_a_worker_that_is_killed(starts, ci
     assert status == 0 or status == 2 and "error: a process that loads images was killed" in last, start.text   # 0: it was done
     assert starts.run("fada", argv)[0] == 0
     assert_same_end(tmp_path / "fada-gta5", whole)
-
-
-def children(pid: int) -> list[int]:
-    done = subprocess.run(["ps", "-o", "pid=", "--ppid", str(pid)], capture_output=True, text=True)
-    return [int(line) for line in done.stdout.split()]
 
 
 def test_nan_in_a_batch(starts, city, tmp_path):

@@ -40,8 +40,8 @@ Stages: warmup -> selftrain -> distill1 -> distill2.
 Departures:
  1. Sums over pixels are means over the labelled pixels, in Eq. (12) over those that CutOut left (the padding of a crop that is
     larger than its image counts).
- 2. Features, densities and entropies are computed at stride 4; log densities and distances are then enlarged. Footnote 1
-    enlarges features, which is 16 times the work.
+ 2. Features, densities and entropies are computed at stride 4, Eq. (7)'s distances at E^'s own, 16; they are then enlarged.
+    Footnote 1 enlarges features, which is 16 times the work.
  3. Mixtures start from k-means; a variance is at least `variance_floor`; EM stops when the mean log-likelihood rises by less
     than `em_tol`; a component that lost its samples starts again at the sample of lowest density.
  4. delta depends on the feature's dimension and on the variance floor: `--pl-ratio` picks it so that this share of the
@@ -57,6 +57,7 @@ Departures:
 10. Distillation is described by "proposed in [40]": two rounds, each with a fresh student, hard labels of the model before
     by multi-scale and flipped test, Eq. (10) on the source, Eq. (11) on the target, and KL to the model before.
 11. Batch norm of pretrained encoders is frozen (`--freeze-bn`), in self-training all of it (`--adapt-freeze-bn`), as in C2F.
+    There is no dropout; each stage has its own optimizer and rate horizon; the colour jitter's strength is not in the paper.
 12. In Table 3, CAs are the means of the samples of Eq. (3) with CAG's margin; IAS's constants are IAST's.
 The authors' code differs in ways that are not taken: no logarithm in distillation's KL (it sharpens), hard-coded entropies,
 d_mean as a moving average, lambda 30, phi on the student's input.

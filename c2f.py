@@ -16,7 +16,7 @@ of the model of the step before, also on its augmented images. There is no publi
     Steps 1 to K   train_step                     T_i from T_{i-1} by L_seg + L_triplet + L_consist
 
     M, M', N   source images, aligned source images, target images      tau    colour jitter
-    T_i        model of step i                                          f_c    centre of category c, (K, D), unit length
+    T_i        model of step i                                          f_c    centre of category c, (C, D), unit length
     P_h, P_s,c caps of t_c: `--P-h`, and p percent of c lie above        G      L2 normalisation
     alpha      `--margin` of Eq. (4)                                     beta   weight in Eq. (2)
     K, U       steps after step 0, iterations of each                    C, c   categories
@@ -367,7 +367,7 @@ def align_by_frequency(source: Tensor, reference: Tensor, window: float = 0.01) 
 def segmentation_loss(logits: Tensor, label: Tensor) -> Tensor:
     """L_seg: cross entropy on labelled pixels, at the size of the labels.
 
-    Args: logits (N, K, h, w); label (N, H, W) int64, 255 ignored.
+    Args: logits (N, C, h, w); label (N, H, W) int64, 255 ignored.
     Returns: 0-d, mean over the labelled pixels; exactly 0 if there are none.
     """
     loss = F.cross_entropy(upsample(logits, label.shape[-2:]), label, ignore_index=IGNORE, reduction="sum")
@@ -380,12 +380,12 @@ def category_thresholds(histogram: Tensor, P_h: float = 0.9, p: float = 10.0) ->
     Sec. 3.1:  t_c = min(P_h, P_s,c);  p percent of the pixels of category c have confidence above P_s,c
 
     Args:
-        histogram: (K, B) int64, confidences of the pixels predicted as each category, in B equal bins of [0, 1].
+        histogram: (C, B) int64, confidences of the pixels predicted as each category, in B equal bins of [0, 1].
         P_h: cap.  p: in percent.
-    Returns: (K,) float64: P_s,c is the highest lower edge of a bin at or above which at least p percent lie; a category
+    Returns: (C,) float64: P_s,c is the highest lower edge of a bin at or above which at least p percent lie; a category
         that is never predicted has P_h.
     """
-    at_or_above = histogram.flip(1).cumsum(1).flip(1)                                         # (K, B)
+    at_or_above = histogram.flip(1).cumsum(1).flip(1)                                         # (C, B)
     enough = 100 * at_or_above >= p * at_or_above[:, :1]                                      # true, then false
     P_s = (enough.sum(dim=1) - 1).double() / histogram.shape[1]
     return torch.where(at_or_above[:, 0] > 0, P_s, 1.0).clamp(max=P_h)
@@ -394,10 +394,10 @@ def category_thresholds(histogram: Tensor, P_h: float = 0.9, p: float = 10.0) ->
 def class_sums(feat: Tensor, label: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
     """What a batch contributes to Eq. (3). Args: feat (N, D, h, w), label (N, h, w), 255 ignored.
 
-    Returns: sum (K, D) float64 and count (K,) int64, which add up over batches.
+    Returns: sum (C, D) float64 and count (C,) int64, which add up over batches.
     """
     feat, label = feat.movedim(1, -1)[label != IGNORE], label[label != IGNORE]                # (M, D), (M,)
-    one_hot = label == torch.arange(num_classes, device=label.device)[:, None]                # (K, M)
+    one_hot = label == torch.arange(num_classes, device=label.device)[:, None]                # (C, M)
     return one_hot.double() @ feat.double(), one_hot.sum(dim=1)
 
 
@@ -406,8 +406,8 @@ def category_centers(sum: Tensor, count: Tensor) -> Tensor:  # noqa: A002
 
     Eq. (3):  f_c = G(1 / N_c sum_s sum_i sum_j 1(y_ij = c) x_ij),  G: L2 normalisation
 
-    Args: sum (K, D) and count (K,), of `class_sums`.
-    Returns: (K, D), rows of length 1; NaN for a category without pixels.
+    Args: sum (C, D) and count (C,), of `class_sums`.
+    Returns: (C, D), rows of length 1; NaN for a category without pixels.
     """
     mean = sum / count[:, None]
     return mean / mean.norm(dim=1, keepdim=True)
@@ -426,24 +426,24 @@ def triplet_loss(feat: Tensor, label: Tensor, centers: Tensor, margin: float = 0
     Args:
         feat: (N, D, h, w) float.
         label: (N, h, w) int64 on the feature's grid, 255 ignored.
-        centers: (K, D), fixed; a row of NaN is a category without centre.
+        centers: (C, D), fixed; a row of NaN is a category without centre.
         margin: alpha.
         negatives: "nearest" other centre, or "all" others, summed.
     Returns: 0-d, mean over the labelled pixels whose category has a centre; exactly 0 if there are none.
     """
     if negatives not in ("nearest", "all"):
         raise ValueError(f'negatives is "nearest" or "all", not {negatives!r}')
-    absent = centers.isnan().any(dim=1)                                                       # (K,)
+    absent = centers.isnan().any(dim=1)                                                       # (C,)
     valid = centered(label, centers)                                                          # (N, h, w)
     x = F.normalize(at_least_float32(feat), dim=1, eps=1e-4)                                  # (N, D, h, w), G(x)
     centers = centers.nan_to_num().to(x.dtype)
-    dot = (centers @ x.flatten(2)).unflatten(2, x.shape[2:])                                  # (N, K, h, w)
+    dot = (centers @ x.flatten(2)).unflatten(2, x.shape[2:])                                  # (N, C, h, w)
     square = x.square().sum(dim=1, keepdim=True) + centers.square().sum(dim=1)[:, None, None] - 2 * dot
-    distance = square.clamp(min=1e-12).sqrt()                                                 # (N, K, h, w)
+    distance = square.clamp(min=1e-12).sqrt()                                                 # (N, C, h, w)
 
     own = torch.where(valid, label, 0)[:, None]                                               # (N, 1, h, w)
     classes = torch.arange(len(centers), device=label.device)[:, None, None]
-    violation = (distance.gather(1, own) - distance + margin).clamp(min=0)                    # (N, K, h, w)
+    violation = (distance.gather(1, own) - distance + margin).clamp(min=0)                    # (N, C, h, w)
     violation = violation.masked_fill((classes == own) | absent[:, None, None], 0)
     loss = violation.amax(dim=1) if negatives == "nearest" else violation.sum(dim=1)          # the nearest violates most
     return (loss * valid).sum() / valid.sum().clamp(min=1)
@@ -455,7 +455,7 @@ def consistency_loss(logits_augmented: Tensor, pseudo_label: Tensor) -> Tensor:
     Eq. (5):  L_cst = sum_j 1(max T_{i-1}(n)|_j >= t_c) CE(y^_j, p_j),  p = T_i(n')
 
     Args:
-        logits_augmented: (N, K, h, w), of T_i on tau(n).
+        logits_augmented: (N, C, h, w), of T_i on tau(n).
         pseudo_label: (N, H, W) int64, of T_{i-1} on n; 255 where the confidence is below t_c.
     Returns: 0-d, mean over the valid pixels (the paper sums); exactly 0 if there are none.
     """
@@ -511,7 +511,7 @@ def tau(images: Tensor, strength: float, seeds: list[int]) -> Tensor:
 
 
 def first_valid_bin(thresholds: Tensor) -> Tensor:
-    """(K,) t_c -> (K,) int64, the first of the BINS bins of confidence whose lower edge is not below t_c."""
+    """(C,) t_c -> (C,) int64, the first of the BINS bins of confidence whose lower edge is not below t_c."""
     return (thresholds * BINS - 1e-3).ceil().long()
 
 
@@ -523,7 +523,7 @@ def valid_labels(label: Tensor, confidence_bin: Tensor, thresholds: Tensor) -> T
 
 @torch.no_grad()
 def source_centers(run: Run, model: nn.Module, aligned: Dataset, num_classes: int) -> Tensor:
-    """Eq. (3) over the aligned source set, in one pass: (K, D) float32."""
+    """Eq. (3) over the aligned source set, in one pass: (C, D) float32."""
     where = run.float64_device
     total = torch.zeros(num_classes, model.feat_channels, dtype=torch.float64, device=where)
     count = torch.zeros(num_classes, dtype=torch.int64, device=where)
@@ -540,12 +540,12 @@ def source_centers(run: Run, model: nn.Module, aligned: Dataset, num_classes: in
 
 @torch.no_grad()
 def label_target(run: Run, model: nn.Module, target: SegmentationDataset, folder: Path, num_classes: int) -> Tensor:
-    """Write T_{i-1}'s pseudo label and confidence bin of every target pixel; return the histogram (K, BINS) of confidences."""
+    """Write T_{i-1}'s pseudo label and confidence bin of every target pixel; return the histogram (C, BINS) of confidences."""
     histogram = torch.zeros(num_classes * BINS, dtype=torch.int64, device=run.device)
     model.eval()
     for x, _, (name,) in run.sweep("pseudo labels", target, shared=True):
         with run.autocast():
-            _, logits = model(x)                                                              # (1, K, h, w)
+            _, logits = model(x)                                                              # (1, C, h, w)
         confidence, label = upsample(logits, x.shape[-2:]).softmax(dim=1).max(dim=1)          # (1, H, W) each
         index = (confidence * BINS).long().clamp(max=BINS - 1)
         histogram += (label * BINS + index).flatten().bincount(minlength=len(histogram))
@@ -596,7 +596,7 @@ def train_step0(run: Run, cfg: Config, model: nn.Module, source: SegmentationDat
     model = run.parallel(model)
     for _, (x, y) in run.stage("step0", iterations, state, source, batch_size=cfg.batch_size):
         with run.autocast():
-            _, logits = model(x)                                                              # (N, K, h, w)
+            _, logits = model(x)                                                              # (N, C, h, w)
         loss = segmentation_loss(logits, y) * run.share(y != IGNORE)
         optimizer.zero_grad()
         loss.backward()
@@ -615,7 +615,7 @@ def train_step(run: Run, cfg: Config, i: int, model: nn.Module, centers: Tensor,
         y_t = valid_labels(y_t, confidence, thresholds)                                       # (N, H, W)
         x_tau = tau(x_t, cfg.jitter, run.item_seeds(len(x_t), "tau", i, it))
         with run.autocast():
-            feat_s, logits_s = model(x_s)                                                     # (N, D, h, w), (N, K, h, w)
+            feat_s, logits_s = model(x_s)                                                     # (N, D, h, w), (N, C, h, w)
             feat_t, logits_t = model(x_t)
             _, logits_tau = model(x_tau)
 

@@ -49,7 +49,7 @@ Departures:
     Every stage has its own optimizer, and its own iterations as the rate's horizon. `encoder_rate` is 1, one rate for all
     weights; short runs from an ImageNet encoder need less for the encoder than for a decoder that starts at random.
  6. The source stage freezes the batch norms of a pretrained encoder only (`--freeze-bn auto`): those of ASPP and decoder
-    start at random. Warm-up and stages freeze all, as Sec. 4.1 says. Batch 1 is one image of each domain.
+    start at random. Warm-up and stages freeze all, as Sec. 4.1 says. Batch 1 is one image of each domain. No dropout.
  7. Eq. (11)'s active states are not printed: here the class with the highest probability, where that is strictly greater
     than P_0, as in Eq. (6).
  8. A class without a source pixel has no anchor (NaN, 0/0): it is never nearest, and its pixels are not in Eqs. (8) and (10).

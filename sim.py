@@ -32,8 +32,8 @@ Stages: step1 -> step2.
     python sim.py --source gta5                              the paper's GTA5 -> Cityscapes; again to resume
     torchrun --nproc_per_node=4 sim.py --source gta5         on four GPUs, four times the batch
     python sim.py --source gta5 --source-images PATH         with translated source images ("IT")
-    python sim.py --source gta5 --no-ssl --lambda-ci 0 --tag aa                     Table 2, "+ AA"; Table 3 by --lambda-ci
-    python sim.py --source gta5 --no-ssl --w 200 --tag w200                         Table 4
+    python sim.py --source gta5 --no-ssl --lambda-ci 0 --tag aa                                 Table 2, "+ AA"
+    python sim.py --source gta5 --source-images PATH --no-ssl --w 200 --tag w200                Table 4; 3 by --lambda-ci
     python sim.py --source gta5 --eval                       only evaluate what the run has reached
 
 Departures:
@@ -53,7 +53,8 @@ Departures:
  8. lambda_adv is Sec. 5.1's 0.001; Sec. 6.2 prints 0.01.
  9. 200,000 iterations a step and batches of one image of each domain are not in the paper; nor is a crop (`--crop`). Images
     are not flipped or jittered: the paper names no augmentation.
-10. Batch norm of pretrained encoders is frozen (`--freeze-bn`); the paper does not say.
+10. Batch norm of pretrained encoders is frozen (`--freeze-bn`), the classifier's rate is ten times higher
+    (common/deeplab.py), each step has its own rate horizon; the paper does not say.
 11. Without `--source-images` the translated images ("IT") of Tables 2 and 6 are missing: the default is AA + SIM + SSL, a row
     that the paper does not have.
 The authors' code differs from their paper in ways that are not taken: it does not apply Eq. (11); classifies pooled features

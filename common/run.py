@@ -116,7 +116,7 @@ class Run:
         A finished stage yields nothing and loads its checkpoint into `state`; a stage that is not selected yields nothing.
         """
         if self.finished(name):
-            restore(read_checkpoint(self.folder / f"{name}.pt"), state)
+            restore(self._own_checkpoint(name), state)
             print(f"{name}: finished before, loaded {self.folder / name}.pt", flush=True)
             return
         if name not in self.selected:
@@ -175,8 +175,7 @@ class Run:
 
     def begun(self, name: str) -> bool:
         """Whether there is a checkpoint for resuming inside this stage."""
-        path = self.folder / "last.pt"
-        return path.exists() and read_checkpoint(path)["stage"] == name
+        return (self.folder / "last.pt").exists() and self._own_checkpoint("last")["stage"] == name
 
     def reaches(self, name: str) -> bool:
         """Whether a stage is finished or gets finished by this start of the script."""
@@ -342,7 +341,7 @@ class Run:
         if not done:
             raise UserError(f"there is nothing to evaluate in {self.folder}; train first, or give --from CHECKPOINT or "
                             "an --init file with a head")
-        restore_model(read_checkpoint(self.folder / f"{done[-1]}.pt"), model)
+        restore_model(self._own_checkpoint(done[-1]), model)
         return done[-1]
 
     # ------------------------------------------------------------------ results
@@ -412,11 +411,12 @@ class Run:
             if "random" in checkpoint and not self.options.eval:
                 raise UserError(f"--from {self.options.from_} is from inside the stage {checkpoint['stage']!r}; start that run "
                                 "again to finish it")
-            if checkpoint["stage"] in self.stages:
+            method = checkpoint.get("method", self.method)
+            if method == self.method and checkpoint["stage"] in self.stages:
                 first = self.stages.index(checkpoint["stage"]) + 1
             elif not self.options.stage and not self.options.eval:
-                raise UserError(f"--from {self.options.from_} finished the stage {checkpoint['stage']!r}, which this run does "
-                                f"not have ({', '.join(self.stages)}); say with --stage which stage starts from it")
+                raise UserError(f"--from {self.options.from_} finished the stage {checkpoint['stage']!r} of {method}.py, which "
+                                f"this run does not have ({', '.join(self.stages)}); --stage says which stage starts from it")
             if first == len(self.stages) and not self.options.stage and not self.options.eval:
                 raise UserError(f"no stage follows --from {self.options.from_}, which finished {checkpoint['stage']!r}; "
                                 "add --eval to evaluate it, or --stage to run a stage from it")
@@ -569,11 +569,18 @@ class Run:
             checkpoint["random"] = random_states(self.device)
         self.keep(f"{file}.pt", checkpoint)
 
+    def _own_checkpoint(self, name: str) -> dict:
+        """The checkpoint of this name in the run's folder; one of another script is refused."""
+        path = self.folder / f"{name}.pt"
+        checkpoint = read_checkpoint(path)
+        if (method := checkpoint.get("method")) != self.method:
+            raise UserError(f"{path} does not fit: it is of {method}.py; put back this run's own, or delete the folder")
+        return checkpoint
+
     def _resume(self, stage: str, state: dict) -> int:
-        path = self.folder / "last.pt"
         start = 0
-        if path.exists():
-            checkpoint = read_checkpoint(path)
+        if (self.folder / "last.pt").exists():
+            checkpoint = self._own_checkpoint("last")
             if checkpoint["stage"] == stage:
                 restore(checkpoint, state)
                 set_random_states(checkpoint["random"], self.device)

@@ -177,11 +177,12 @@ def test_stage_and_from_decide_what_runs(make, tmp_path):
     assert not run.trains("first") and run.trains("second")
     run.start_from(other["model"])
     assert torch.equal(other["model"].layers[0].weight, state["model"].layers[0].weight)
-    foreign = {**torch.load(tmp_path / "x-gta5-a/first.pt", weights_only=True), "stage": "zeroth"}
-    torch.save(foreign, tmp_path / "foreign.pt")
-    with pytest.raises(UserError, match="the stage 'zeroth', which this run does not have .first, second.; say with --stage"):
-        make(tag="c", from_=str(tmp_path / "foreign.pt"))
-    assert make(tag="c", from_=str(tmp_path / "foreign.pt"), stage="second")[0].selected == ("second",)
+    finished = torch.load(tmp_path / "x-gta5-a/first.pt", weights_only=True)
+    for foreign, words in (({"stage": "zeroth"}, "'zeroth' of x.py"), ({"method": "y"}, "'first' of y.py")):
+        torch.save({**finished, **foreign}, tmp_path / "foreign.pt")
+        with pytest.raises(UserError, match=f"the stage {words}, which this run does not have .first, second.; --stage"):
+            make(tag="c", from_=str(tmp_path / "foreign.pt"))
+        assert make(tag="c", from_=str(tmp_path / "foreign.pt"), stage="second")[0].selected == ("second",)
     with pytest.raises(UserError, match="there is no checkpoint nowhere.pt"):
         make(tag="c", from_="nowhere.pt")
     train(run, other, dataset, "second")
@@ -191,6 +192,19 @@ def test_stage_and_from_decide_what_runs(make, tmp_path):
         train(*make(tag="d"), at=lambda it, loss: None if it == 5 else loss)     # fails after the checkpoint of iteration 4
     with pytest.raises(UserError, match="last.pt is from inside the stage 'first'"):
         make(tag="c", from_=str(tmp_path / "x-gta5-d/last.pt"))
+
+
+def test_a_checkpoint_of_another_script_in_the_folder_is_refused(make):
+    """Even where names and shapes are equal, as for two scripts with DeepLab v3+."""
+    run, state, dataset = make()
+    train(run, state, dataset)
+    path = run.folder / "first.pt"
+    torch.save({**torch.load(path, weights_only=True), "method": "y"}, path)
+    with pytest.raises(UserError, match="first.pt does not fit: it is of y.py"):
+        train(*make())
+    path.rename(run.folder / "last.pt")
+    with pytest.raises(UserError, match="last.pt does not fit: it is of y.py"):
+        train(*make())
 
 
 def test_a_stage_does_not_start_anew_under_what_came_after_it(make):

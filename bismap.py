@@ -99,7 +99,7 @@ from common.data import (
     save_label,
 )
 from common.deeplab import at_least_float32, read_weights, resize_label, resnet_features, upsample
-from common.run import Options, Run, check_domains, gather_objects, sum_over_processes
+from common.run import Options, Run, check_domains, gather_objects, same_buffers, sum_over_processes
 from common.viz import colorize, denormalise
 
 BLOCK = 2048                                           # features that are worked on at once: they stay in the cache
@@ -840,6 +840,8 @@ def self_train(run: Run, cfg: Config, model: nn.Module, source: SegmentationData
         loss.backward()
         optimizer.step()
         update_teacher(teacher, model, cfg.ema)
+        if cfg.adapt_freeze_bn != "all":
+            same_buffers({"teacher": teacher})
         run.report(ce=ce, sce=sce, consist=consist)
 
 

@@ -79,7 +79,7 @@ from common.cli import Size, UserError, command, option, parse
 from common.data import IGNORE, Augment, ClassList, SegmentationDataset, class_list, load_tensors, save_label
 from common.deeplab import at_least_float32, resize_label, upsample
 from common.metrics import LOG_BINS, log_histogram, log_quantiles
-from common.run import Options, Run, check_domains, sum_over_processes
+from common.run import Options, Run, check_domains, sum_over_processes, wait_for_processes
 from common.viz import colorize, denormalise
 
 TERMS = ("ce_t", "ce_tP", "dis_s", "dis_t", "dis_tP")
@@ -365,6 +365,7 @@ def label_target(run: Run, cfg: Config, model: nn.Module, anchors: Tensor, targe
                 found["active"][k] += label[label != IGNORE].bincount(minlength=C)
                 found["inactive_images"][k] += (label == IGNORE).all()
         list(writes)
+    wait_for_processes()                                                                     # till all have written theirs
     model.train()
     sum_over_processes(*found.values())
     return found

@@ -340,6 +340,7 @@ def adversarial(run: Run, cfg: Config, model: nn.Module, source: SegmentationDat
 @torch.no_grad()
 def write_pseudo_labels(run: Run, model: nn.Module, target: SegmentationDataset, folder: Path) -> None:
     """The adapted model's argmax on every pixel of every target image, without a threshold, as PNGs of class indices."""
+    run.prepare("distill")
     model.eval()
     for x, _, (name,) in run.sweep("pseudo labels", target, shared=True):
         with run.autocast():

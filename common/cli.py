@@ -165,8 +165,11 @@ def _explain(error: RuntimeError) -> str:
     """One sentence for what torch reports as a RuntimeError though nothing is wrong with the code; "" for the others."""
     if type(error).__name__ == "OutOfMemoryError":
         return ("the accelerator's memory is full: try a smaller --batch-size or --crop, or --amp bf16; what was saved is kept")
-    if re.search(r"[Cc]onnection closed|[Cc]onnection reset|Broken pipe|remote process exited|NCCL", str(error)):
+    if re.search(r"[Cc]onnection closed|[Cc]onnection reset|Broken pipe|remote process exited", str(error)):
         return "another process of this run ended; see its message, then start all again to resume"
+    if "DataLoader worker (pid" in str(error):                   # torch raises it wherever the program is at that moment
+        return ("a process that loads images was killed, perhaps for lack of memory: try fewer --workers, then start again to "
+                "resume")
     return ""
 
 

@@ -528,19 +528,9 @@ def sweep_loader(dataset: SegmentationDataset, workers: int = 0, pin: bool = Fal
                       pin_memory=pin, generator=torch.Generator(), worker_init_fn=_leave_signals_to_the_parent)
 
 
-def loaded(loader: DataLoader) -> Iterator:
-    """The loader's batches. Raises: DataError if one of its processes was killed."""
-    try:
-        yield from loader
-    except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
-            raise
-        raise DataError("a process that loads images was killed, perhaps for lack of memory: try fewer --workers, then start "
-                        "again to resume") from error
-
-
 def _leave_signals_to_the_parent(worker: int) -> None:
-    """Ctrl-C, and the SIGTERM of `timeout` and the like, go to a whole process group. The parent, which stops cleanly, still
-    needs its workers for the iteration under way, so they leave its group; it ends them itself."""
+    """Ctrl-C and `timeout` signal a whole process group, schedulers every process. The parent, which stops cleanly, still
+    needs its workers for the iteration under way and then ends them, so they leave its group, and a SIGTERM ends them only
+    half a minute later."""
     os.setpgid(0, 0)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(30))

@@ -13,6 +13,7 @@ and `run.stage` sets the learning rates, moves the batches, logs, saves, resumes
 from __future__ import annotations
 
 import contextlib
+import errno
 import itertools
 import json
 import math
@@ -92,14 +93,17 @@ class Run:
         self.device = choose_device(options.device)
         self.rank, self.world = join_processes()
         self.folder = run_folder(method, cfg, options)
-        self.selected = self._selected_stages()
         self._asked_to_stop = self._stop = False              # by a signal to this process; all processes agreed to
+        self._asked_at = 0.0
         self._watched: tuple | None = None
         self._held = None
         self._losses: list[dict[str, Tensor]] = []
+        if self.folder.is_dir() and not options.eval:
+            self._lock()
+        # Only the first process looks what is there: over a network, the others may see it seconds later.
+        self._files = set(gather_objects([path.name for path in self.folder.glob("*.pt")])[0])
+        self.selected = self._selected_stages()
         if not options.eval:
-            if self.folder.is_dir():
-                self._lock()
             self._check_config()
 
     # ---------------------------------------------------------------- stages
@@ -117,6 +121,8 @@ class Run:
         """
         if self.finished(name):
             restore(self._own_checkpoint(name), state)
+            if self.begun(name):                                 # killed before it could remove this
+                self.forget("last.pt")
             print(f"{name}: finished before, loaded {self.folder / name}.pt", flush=True)
             return
         if name not in self.selected:
@@ -127,7 +133,7 @@ class Run:
         optimizers = [value for value in state.values() if isinstance(value, torch.optim.Optimizer)]
         for group in (group for optimizer in optimizers for group in optimizer.param_groups):
             group.setdefault("initial_lr", group["lr"])
-        start = self._resume(name, state)
+        start, look = self._resume(name, state)
         if start == 0:
             self._check_nothing_is_stale(name)
         loaders = [data.training_loader(dataset, batch_size, iterations, data.derive_seed(self.options.seed, name, k), start,
@@ -135,7 +141,9 @@ class Run:
                    for k, dataset in enumerate(datasets)]
         clock = Clock(iterations - start)
         with self._signals():
-            for it, batches in zip(range(start, iterations), zip(*map(data.loaded, loaders), strict=True), strict=False):
+            if look:
+                self._look(name, start)
+            for it, batches in zip(range(start, iterations), zip(*loaders, strict=True), strict=False):
                 for group in (group for optimizer in optimizers for group in optimizer.param_groups):
                     group["lr"] = poly_rate(group["initial_lr"], it, iterations)
                 yield it, *(self._to_device(batch) for batch in batches)
@@ -144,18 +152,19 @@ class Run:
                 clock.live(f"{name} {done}/{iterations}", done - start)
                 if done % self.options.log_every == 0 or done == iterations:
                     self._flush(name, done, iterations, optimizers, clock)
-                if self._watched and self.options.eval_every and done % self.options.eval_every == 0 and done < iterations:
+                look = self._watched and self.options.eval_every and done % self.options.eval_every == 0 and done < iterations
+                if look and not self._stop:
                     same_buffers(state)
-                    self._look(name, done)
+                    look = not self._look(name, done)
                     clock.restart()
                 if self._stop or (done % self.options.save_every == 0 and done < iterations):
                     self._flush(name, done, iterations, optimizers, clock)
-                    self._save("last", name, done, state, complete=True)
+                    self._save("last", name, done, state, complete=True, look=bool(look))
                 if self._stop:
                     self._stop_here()
-        self._save(name, name, iterations, state, complete=False)
-        self.forget("last.pt")
-        self._draw_curves()
+            self._save(name, name, iterations, state, complete=False)
+            self.forget("last.pt")
+            self._draw_curves()
 
     def report(self, **losses: Tensor) -> None:
         """Note this iteration's losses (0-d tensors). They are looked at, and logged, every `--log-every` iterations."""
@@ -167,7 +176,7 @@ class Run:
 
     def finished(self, name: str) -> bool:
         """Whether a stage's checkpoint is in the folder."""
-        return (self.folder / f"{name}.pt").exists()
+        return f"{name}.pt" in self._files
 
     def trains(self, name: str) -> bool:
         """Whether this start of the script still has iterations of a stage to do."""
@@ -175,7 +184,7 @@ class Run:
 
     def begun(self, name: str) -> bool:
         """Whether there is a checkpoint for resuming inside this stage."""
-        return (self.folder / "last.pt").exists() and self._own_checkpoint("last")["stage"] == name
+        return "last.pt" in self._files and self._own_checkpoint("last")["stage"] == name
 
     def reaches(self, name: str) -> bool:
         """Whether a stage is finished or gets finished by this start of the script."""
@@ -190,10 +199,7 @@ class Run:
     def once(self, name: str, compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
         """What an earlier start kept under this name in the run's folder, else `compute()`, which is kept: tensors by name,
         on the CPU."""
-        path = self.folder / name
-        there = path.exists()
-        wait_for_processes()
-        if not there:
+        if name not in self._files:
             self.keep(name, compute())
         return self.read(name)
 
@@ -202,12 +208,14 @@ class Run:
         if self.rank == 0:
             write_atomically(self.folder / name, lambda file: torch.save(content, file))
         wait_for_processes()
+        self._files.add(name)
 
     def read(self, name: str):
         """What `keep` wrote, on the CPU. Raises: UserError if it is damaged."""
         try:
             return data.load_tensors(self.folder / name)
         except Exception as error:
+            refuse_unreadable(self.folder / name, error)
             raise UserError(f"{self.folder / name} is damaged ({type(error).__name__}): delete it, and the run's last.pt if "
                             "there is one, to compute it again") from error
 
@@ -216,6 +224,7 @@ class Run:
         for name in names * (self.rank == 0):
             (self.folder / name).unlink(missing_ok=True)
         wait_for_processes()
+        self._files -= set(names)
 
     def draw(self, name: str, rows: list, titles: list[str], **how) -> None:
         """Write a contact sheet into the run's folder and say so."""
@@ -233,7 +242,7 @@ class Run:
         loader = data.sweep_loader(dataset, self.options.workers, self.device.type == "cuda", rank, world)
         clock = Clock(len(loader))
         with self._signals():
-            for k, (image, label, names, *maps) in enumerate(data.loaded(loader)):
+            for k, (image, label, names, *maps) in enumerate(loader):
                 yield self._image(image), label.to(self.device), names, *(m.to(self.device) for m in maps)
                 if self._asked_to_stop:
                     self._stop_here()
@@ -359,7 +368,7 @@ class Run:
         if self.options.export and self.rank == 0:                   # a later stage's model replaces it
             self._export(model, classes)
         results = self.results()
-        if name not in results:
+        if gather_objects(name not in results)[0]:
             results[name] = {}
             for test, how in tests.items():
                 with self.autocast():
@@ -369,10 +378,11 @@ class Run:
                 results[name][test] = summary(matrix, classes)
             if not self.options.eval and self.rank == 0:
                 self._write_pictures(name, model, dataset, classes)
-                write_json(self.folder / "results.json", results)
                 last = max((line["iteration"] for line in self._log_lines() if line["stage"] == name), default=0)
+                self._rewrite_log(lambda line: "miou" not in line or (line["stage"], line["iteration"]) != (name, last))
                 self.log(stage=name, iteration=last, miou=percent(next(iter(results[name].values()))))
                 self._draw_curves()
+                write_json(self.folder / "results.json", results)    # last: with it, all of this counts as done
             wait_for_processes()
         columns = {f"{stage}" if test == "single-scale" else f"{stage}, {test}": torch.tensor(result["matrix"])
                    for stage, modes in results.items() for test, result in modes.items()}
@@ -451,7 +461,7 @@ class Run:
     def _check_config(self) -> None:
         """Refuse to continue a run with other settings; a folder in which nothing was trained yet is free."""
         path = self.folder / "config.json"
-        if path.exists() and any(self.folder.glob("*.pt")):
+        if path.exists() and self._files:
             old, new = read_json(path), self._config()
             changed = [f"{flag(key)} ({old.get(key)} -> {new.get(key)})"
                        for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
@@ -488,12 +498,16 @@ class Run:
             raise UserError(f"{self.folder} is in use by another start of the script: wait until it ends, or give this one "
                             "another --tag") from error
         except OSError:                                                      # a file system without locks
-            pass
+            return
+        for left in self.folder.rglob(".*.tmp"):                             # half a file that a kill has left
+            left.unlink(missing_ok=True)
 
     def _write_config(self) -> None:
         if self.rank == 0:
             self._lock()
-            write_json(self.folder / "config.json", self._config())
+            path = self.folder / "config.json"
+            if not path.exists() or read_json(path) != self._config():
+                write_json(path, self._config())
 
     def _agree_to_stop(self) -> None:
         """If one process was asked to stop, all stop after the same iteration."""
@@ -537,22 +551,25 @@ class Run:
         clock.print(f"{stage} {done}/{iterations}  {losses}  rate {rate:.2e}  {seconds:.2f} s/it  "
                     f"{minutes(seconds * (iterations - done))} left")
 
-    def _look(self, stage: str, done: int) -> None:
+    def _look(self, stage: str, done: int) -> bool:
+        """Log the mIoU of the model that is watched. Returns: False if it was asked to stop meanwhile."""
         model, dataset, classes = self._watched
         loader = data.sweep_loader(dataset, self.options.workers, self.device.type == "cuda", self.rank, self.world)
         with self.autocast():
-            images = itertools.takewhile(lambda _: not self._asked_to_stop, data.loaded(loader))
+            images = itertools.takewhile(lambda _: not self._asked_to_stop, loader)
             matrix = metrics.evaluate(model, images, len(classes), self.device)
         sum_over_processes(matrix)
         self._agree_to_stop()
-        if self._stop:                                       # asked to stop meanwhile: half a sweep is no result
-            return
+        if self._stop:                                       # half a sweep is no result
+            return False
         means = percent(summary(matrix, classes))
         self.log(stage=stage, iteration=done, miou=means)
         print(f"{stage} {done}: " + "  ".join(f"{name} {value}" for name, value in means.items()), flush=True)
+        return True
 
-    def _save(self, file: str, stage: str, iteration: int, state: dict, complete: bool) -> None:
-        """Write a checkpoint; one for resuming (`complete`) also holds optimizers and random states."""
+    def _save(self, file: str, stage: str, iteration: int, state: dict, complete: bool, look: bool = False) -> None:
+        """Write a checkpoint; one for resuming (`complete`) also holds optimizers and random states, and whether a look at
+        the mIoU is still to be had."""
         same_buffers(state)
         kept = {key: value for key, value in state.items() if complete or not isinstance(value, torch.optim.Optimizer)}
         checkpoint = {"method": self.method, "stage": stage, "iteration": iteration, "config": to_json(self.cfg),
@@ -566,7 +583,7 @@ class Run:
                 raise UserError(f"{key!r} holds values that are not finite after iteration {iteration} of stage {stage!r}; "
                                 "no checkpoint was written: try a lower --lr or --amp none under a new --tag")
         if complete:
-            checkpoint["random"] = random_states(self.device)
+            checkpoint |= {"random": random_states(self.device), "look": look}
         self.keep(f"{file}.pt", checkpoint)
 
     def _own_checkpoint(self, name: str) -> dict:
@@ -577,24 +594,28 @@ class Run:
             raise UserError(f"{path} does not fit: it is of {method}.py; put back this run's own, or delete the folder")
         return checkpoint
 
-    def _resume(self, stage: str, state: dict) -> int:
-        start = 0
-        if (self.folder / "last.pt").exists():
+    def _resume(self, stage: str, state: dict) -> tuple[int, bool]:
+        start, look = 0, False
+        if self.begun(stage):
             checkpoint = self._own_checkpoint("last")
-            if checkpoint["stage"] == stage:
-                restore(checkpoint, state)
-                set_random_states(checkpoint["random"], self.device)
-                start = checkpoint["iteration"]
-                print(f"{stage}: resuming at iteration {start}", flush=True)
+            restore(checkpoint, state)
+            set_random_states(checkpoint["random"], self.device)
+            start, look = checkpoint["iteration"], bool(self._watched and checkpoint.get("look"))
+            print(f"{stage}: resuming at iteration {start}", flush=True)
         self._cut_log(stage, start)                          # later lines are from after the last checkpoint
-        return start
+        return start, look
 
     def _cut_log(self, stage: str, last: int) -> None:
+        self._rewrite_log(lambda line: line["stage"] != stage or line["iteration"] <= last)
+
+    def _rewrite_log(self, stays: Callable[[dict], bool]) -> None:
         if self.rank:
             return
-        kept = [line for line in self._log_lines() if line.get("stage") != stage or line.get("iteration", 0) <= last]
+        kept = [line for line in self._log_lines() if stays(line)]
         text = "".join(json.dumps(line) + "\n" for line in kept).encode()
-        write_atomically(self.folder / "log.jsonl", lambda file: file.write(text))
+        log = self.folder / "log.jsonl"
+        if not log.exists() or log.read_bytes() != text:
+            write_atomically(log, lambda file: file.write(text))
 
     def _log_lines(self) -> list[dict]:
         log = self.folder / "log.jsonl"
@@ -603,10 +624,14 @@ class Run:
 
     @contextlib.contextmanager
     def _signals(self):
-        """Turn the first SIGINT or SIGTERM into a clean stop after the iteration under way."""
+        """Turn SIGINT or SIGTERM into a clean stop after the iteration under way. The same signal often comes twice, from a
+        scheduler and from torchrun; one that comes seconds later is not held up."""
         def ask_to_stop(number, frame):
-            self._asked_to_stop = True
-            signal.signal(number, previous[number])          # a second signal is not held up
+            if self._asked_to_stop and time.monotonic() - self._asked_at > 2:
+                signal.signal(number, previous[number])
+                os.kill(os.getpid(), number)
+            elif not self._asked_to_stop:
+                self._asked_to_stop, self._asked_at = True, time.monotonic()
 
         previous = {}
         try:
@@ -842,6 +867,14 @@ def log_record(line: str) -> dict | None:
         return None
 
 
+def refuse_unreadable(path: Path, error: Exception) -> None:
+    """Raise UserError if it is the machine that fails to read a file, which may well be whole."""
+    full = isinstance(error, MemoryError) or "allocate memory" in str(error)
+    if full or getattr(error, "errno", None) in (errno.EIO, errno.EACCES, errno.EPERM, errno.ESTALE, errno.EMFILE):
+        raise UserError(f"{path} cannot be read now ({'out of memory' if full else error.strerror}); it may be whole, so keep "
+                        "it, put the cause right and start again") from error
+
+
 def read_checkpoint(path: Path) -> dict:
     """Read one of this project's checkpoints without running code from it. Raises UserError naming the file."""
     if not path.is_file():
@@ -849,6 +882,7 @@ def read_checkpoint(path: Path) -> dict:
     try:
         checkpoint = data.load_tensors(path)
     except Exception as error:
+        refuse_unreadable(path, error)
         raise UserError(f"{path} is damaged or not a checkpoint ({type(error).__name__}); "
                         "delete it to start again from what came before") from error
     if not is_checkpoint(checkpoint):

@@ -34,10 +34,13 @@ def tensors(content, name=""):
 
 
 def assert_same_end(folder: Path, whole: Path) -> None:
-    """Every checkpoint, label and map, and the results, to the bit."""
+    """Every checkpoint, label, map and picture, the results, and the log but for seconds: to the bit. Nothing left over."""
     files = sorted(path.relative_to(whole) for path in whole.rglob("*") if path.suffix in (".pt", ".png", ".json")
-                   and path.name != "config.json" and not path.name.endswith(("losses.png", "miou.png")))
-    assert files and not (folder / "last.pt").exists()
+                   and path.name != "config.json")
+    assert files and not (folder / "last.pt").exists() and not list(folder.rglob("*.tmp"))
+    logs = [[{**json.loads(line), "seconds": 0} for line in (root / "log.jsonl").read_text().splitlines()]
+            for root in (folder, whole)]
+    assert logs[0] == logs[1]
     for file in files:
         if file.suffix == ".pt":
             one, other = (dict(tensors(torch.load(root / file, weights_only=True))) for root in (folder, whole))

@@ -569,8 +569,7 @@ def anchors_labels_and_scores(city, folder, anchors, tag):
     source.pairs, target.pairs = source.pairs[:7], target.pairs[:7]
     own = cag.source_anchors(run, model, source, 19)
     found = cag.label_target(run, cfg, model, anchors, target, folder / "labels")
-    run.folder.mkdir(parents=True, exist_ok=True)
-    (run.folder / "source.pt").touch()
+    run.keep("source.pt", {})
     run.evaluate("source", model, source, classes, {"single-scale": {}})
     return own, found, run.results()["source"]["single-scale"]["matrix"]
 

@@ -94,13 +94,14 @@ def test_a_process_that_fails_ends_the_run(city, tmp_path):
     assert (tmp_path / "runs/fada-gta5/source.pt").exists()                       # what was finished is kept
 
 
-def test_sigterm_to_torchrun_leaves_a_checkpoint_of_both(city, tmp_path):
-    """As a scheduler ends a job: both processes stop after the same iteration, and one process can go on from there."""
+def test_sigterm_to_all_processes_leaves_a_checkpoint(city, tmp_path):
+    """As a scheduler ends a job, and torchrun passes it on once more: both processes stop after the same iteration."""
     process = start(2, city, tmp_path, "fada --source-iterations 5000 --save-every 5000")
     for line in process.stdout:
         if line.startswith("source 2/5000"):
             break
-    process.send_signal(signal.SIGTERM)
+    for pid in [process.pid, *children(process.pid)]:
+        os.kill(pid, signal.SIGTERM)
     printed, errors = process.communicate(timeout=60)
     assert process.returncode != 0 and "source.pt" not in os.listdir(tmp_path / "fada-gta5"), errors
     stopped = torch.load(tmp_path / "fada-gta5/last.pt", weights_only=True)

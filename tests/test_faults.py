@@ -4,6 +4,7 @@ With --soak (`make soak`) the long versions: 200 kills over all five scripts."""
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import shutil
@@ -64,15 +65,16 @@ def test_killed_at_random_moments(script, starts, city, tmp_path, undisturbed, s
         pytest.skip("takes minutes: --soak")
     (whole, seconds), enough = undisturbed(script), 40 if soak else 5
     kills, dice = 0, random.Random(script)
-    for repetition in range(40):
+    for repetition in range(200):
         argv = arguments(script, city, tmp_path / f"{repetition}")
         for _ in range(5):
-            start = starts.start(script, argv)
-            end = time.monotonic() + dice.uniform(0, 0.6 * seconds)
+            start, begin = starts.start(script, argv), time.monotonic()
+            end = begin + dice.uniform(0, 0.6 * seconds)
             while time.monotonic() < end and start.pid not in starts.ended:
                 starts.listen(0.001)
             start.kill()
             if start.wait() != -signal.SIGKILL:
+                seconds = min(seconds, time.monotonic() - begin)             # the machine was slower before
                 break
             kills += 1
         status, text = starts.run(script, argv)
@@ -143,8 +145,9 @@ def test_a_pseudo_label_of_another_size(starts, city, tmp_path, undisturbed):
     whole, _ = undisturbed("fada")
     argv, folder = arguments("fada", city, tmp_path, "--workers", "1"), tmp_path / "fada-gta5"
     shutil.copytree(whole, folder)
-    for name in ("distill.pt", "results.json"):
-        (folder / name).unlink()
+    (folder / "distill.pt").unlink()
+    results = json.loads((folder / "results.json").read_text())
+    (folder / "results.json").write_text(json.dumps({stage: results[stage] for stage in ("source", "adversarial")}))
     stopped_in(starts, "fada", argv, "distill 1/3")
     assert (folder / "last.pt").exists()
     for label in folder.glob("pseudo_labels/**/*.png"):                       # whichever image comes next
@@ -169,15 +172,12 @@ def test_an_image_that_becomes_unreadable_and_a_worker_that_is_killed(starts, ci
     assert status == 2 and str(image) in text and "damaged" in text and "Traceback" not in text, text
     image.write_bytes(content)
 
-    start = starts.start("fada", [*argv, "--eval-every", "1"])
-    start.until("source 1/3")
-    end = time.monotonic() + 30
-    while not (workers := children(start.pid)) and time.monotonic() < end:
-        time.sleep(0.002)
-    os.kill(workers[0], signal.SIGKILL)
-    status = start.wait()
-    last = start.text.strip().splitlines()[-1]
-    assert status == 0 or status == 2 and "error: a process that loads images was killed" in last, start.text   # 0: it was done
+    start = starts.start("fada", [*argv, "--tag", "long", "--source-iterations", "5000"])
+    start.until("source 3/5000")
+    os.kill(children(start.pid)[0], signal.SIGKILL)
+    assert start.wait() == 2 and "Traceback" not in start.text, start.text
+    assert "error: a process that loads images was killed" in start.text.strip().splitlines()[-1], start.text
+    assert (tmp_path / "fada-gta5-long/last.pt").exists()
     assert starts.run("fada", argv)[0] == 0
     assert_same_end(tmp_path / "fada-gta5", whole)
 
@@ -211,7 +211,7 @@ def test_training_leaks_nothing(starts, city, tmp_path, soak):
 def test_a_second_start_in_the_same_folder_refuses(starts, city, tmp_path):
     argv = arguments("fada", city, tmp_path, "--source-iterations", "100000")
     first = starts.start("fada", argv)
-    first.until("source 1/")
+    first.until("source 5/")                                  # with a checkpoint
     status, text = starts.run("fada", argv)
     assert status == 2 and "is in use by another start" in text and "--tag" in text, text
     assert starts.run("fada", [*argv, "--eval"])[0] in (0, 2)     # only reads

@@ -516,5 +516,5 @@ def test_stages_after_a_published_file(tmp_path, caffe):
     for stage, selected in ((None, ("second", "third")), ("third", ("third",))):
         options = Options(runs=str(tmp_path), from_=path, stage=stage, device="cpu")
         run = Run.__new__(Run)
-        run.options, run.stages = options, ("first", "second", "third")
+        run.method, run.options, run.stages = "fada", options, ("first", "second", "third")
         assert run._selected_stages() == selected

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -12,8 +13,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from starts import children
 from torch import nn
 
+import common.run
 from common.cli import UserError, option, write_atomically
 from common.data import SegmentationDataset, class_list, find_pairs
 from common.run import Options, Run, load_state, poly_rate, read_checkpoint
@@ -251,14 +254,16 @@ def test_weights_that_are_not_finite_are_not_saved(make):
     assert read_checkpoint(run.folder / "last.pt")["state"]["model"]["layers.0.weight"].isfinite().all()
 
 
-def test_sigterm_to_the_whole_process_group_stops_cleanly(city, tmp_path):
-    """As `timeout` and schedulers send it: the worker processes must not die before the parent has saved."""
+def test_sigterm_to_all_processes_stops_cleanly(city, tmp_path):
+    """As `timeout` (to the group) and schedulers (to each) send it: the loaders must not die before the parent has saved."""
     root = Path(__file__).parents[1]
     line = [sys.executable, "fada.py", "--data", str(city), "--runs", str(tmp_path), "--init", "none", "--workers", "2",
             "--backbone", "resnet18", "--source-size", "64x32", "--target-size", "64x32", "--batch-size", "2",
             "--log-every", "1", "--source-iterations", "100000"]
     process = subprocess.Popen(line, cwd=root, stdout=subprocess.PIPE, text=True, start_new_session=True)
     printed = [next(process.stdout) for _ in range(3)]
+    for pid in children(process.pid):
+        os.kill(pid, signal.SIGTERM)
     os.killpg(process.pid, signal.SIGTERM)
     rest, _ = process.communicate(timeout=60)
     assert process.returncode == 0 and "resume with: " in rest, "".join(printed) + rest
@@ -301,6 +306,70 @@ def test_evaluation_is_kept_and_done_once(make, city, capsys):
     assert 0 <= result["mIoU"] <= 1 and sum(map(sum, result["matrix"])) > 0 and (run.folder / "first.png").exists()
     assert "road" in capsys.readouterr().out
     run.evaluate("first", None, test, classes, {"single-scale": {}})     # would fail if it ran
+
+
+def miou_lines(run) -> list[tuple]:
+    lines = map(json.loads, (run.folder / "log.jsonl").read_text().splitlines())
+    return [(line["stage"], line["iteration"], line["miou"]) for line in lines if "miou" in line]
+
+
+def watched(make, **options):
+    """A run with its evaluation, also every five iterations; `evaluate` does it at the end."""
+    run, state, dataset = make(eval_every=5, **options)
+    classes = class_list("gta5")
+    test = SegmentationDataset(find_pairs(dataset.pairs[0].image.parents[2], "cityscapes", "val"), "cityscapes", classes, None)
+    run.watch(state["model"], test, classes)
+    return run, state, dataset, lambda: run.evaluate("first", state["model"], test, classes, {"single-scale": {}})
+
+
+def test_a_point_of_the_curve_is_not_lost(make, monkeypatch):
+    """By a stop in the iteration after which it is due, nor by a kill amid the evaluation; nor is it there twice."""
+    whole, state, dataset, evaluate = watched(make)
+    train(whole, state, dataset)
+    evaluate()
+    run, state, dataset, _ = watched(make, tag="b")
+
+    def stop(it, loss):
+        run._asked_to_stop = it == 4
+        return loss
+    with pytest.raises(SystemExit):
+        train(run, state, dataset, at=stop)
+    assert miou_lines(run) == []
+    run, state, dataset, evaluate = watched(make, tag="b")
+    train(run, state, dataset)
+    for place in ("common.run.viz.curves", "common.run.write_json"):
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(place, lambda *args, **how: (_ for _ in ()).throw(KeyboardInterrupt))
+            evaluate()
+    evaluate()
+    assert miou_lines(run) == miou_lines(whole) and [line[1] for line in miou_lines(run)] == [5, 10]
+
+
+def test_what_a_kill_leaves_is_removed(make):
+    run, state, dataset = make()
+    train(run, state, dataset)
+    last = {**torch.load(run.folder / "first.pt", weights_only=True), "random": {}}
+    torch.save(last, run.folder / "last.pt")                     # killed between the stage's end and its removal
+    (run.folder / "labels").mkdir()
+    for name in (".last.pt.123.tmp", "labels/.a.png.123.tmp"):
+        (run.folder / name).touch()
+    del run                                                      # and its lock
+    run, state, dataset = make()
+    assert train(run, state, dataset) == [] and not (run.folder / "last.pt").exists()
+    assert not list(run.folder.rglob("*.tmp"))
+
+
+def test_a_file_that_the_machine_cannot_read_is_not_called_damaged(make, monkeypatch):
+    """It would be deleted, and with it days of work."""
+    run, state, dataset = make()
+    train(run, state, dataset)
+    for error in (OSError(errno.EIO, "Input/output error"), MemoryError(), RuntimeError("can't allocate memory: you tried")):
+        def fail(path, error=error):
+            raise error
+        monkeypatch.setattr(common.run.data, "load_tensors", fail)
+        for read in (lambda: read_checkpoint(run.folder / "first.pt"), lambda: run.read("first.pt")):
+            with pytest.raises(UserError, match="first.pt cannot be read now .*it may be whole"):
+                read()
 
 
 def test_bf16_keeps_losses_in_float32(make):

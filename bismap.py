@@ -211,7 +211,8 @@ def component_log_prob(feat: Tensor, gmm: Gmm) -> Tensor:
     """log pi_k + log N_k(f) of Eq. (5), by two matrix products. Args: feat (M, D).  Returns: (M, G)."""
     shift = gmm.mean.mean(dim=0)                                                             # smaller numbers cancel less
     feat, mean, precision = feat - shift, gmm.mean - shift, 1 / gmm.variance
-    square = feat.square() @ precision.T - feat @ (2 * mean * precision).T + (mean.square() * precision).sum(dim=1)
+    cross = feat @ (2 * mean * precision).T
+    square = feat.square_() @ precision.T - cross + (mean.square() * precision).sum(dim=1)   # in place: new memory is slow
     constant = gmm.weight.log() - 0.5 * (gmm.variance.log().sum(dim=1) + mean.shape[1] * math.log(2 * math.pi))
     return constant - 0.5 * square.clamp(min=0)
 
@@ -253,9 +254,10 @@ def fit_gmm(feat: Tensor, components: int = 8, iterations: int = 100, tol: float
     def maximise(responsibility: Callable[[Tensor], Tensor]) -> tuple[Tensor, Gmm]:
         """Counts (G,), and the mixture of the weighted samples; responsibility: (m, D) -> (m, G), called block by block."""
         count, total, square = 0, 0, 0
+        room = feat.new_empty(BLOCK, feat.shape[1], dtype=torch.float64)                      # new memory is slow
         for x in feat.split(BLOCK):
-            r, x = responsibility(x).double().T, x.double()                                   # (G, m), (m, D)
-            count, total, square = count + r.sum(dim=1), total + r @ x, square + r @ x.square()
+            r, x = responsibility(x).double().T, room[: len(x)].copy_(x)                      # (G, m), (m, D)
+            count, total, square = count + r.sum(dim=1), total + r @ x, square + r @ x.square_()
         n = count.clamp(min=1e-300)[:, None]
         variance = (square / n - (total / n).square()).clamp(min=variance_floor)
         return count, Gmm(*(x.to(feat.dtype) for x in (count / count.sum(), total / n, variance)))

@@ -530,7 +530,10 @@ def sweep_loader(dataset: SegmentationDataset, workers: int = 0, pin: bool = Fal
 
 def _leave_signals_to_the_parent(worker: int) -> None:
     """Ctrl-C and `timeout` signal a whole process group, schedulers every process. The parent, which stops cleanly, still
-    needs its workers for the iteration under way and then ends them, so they leave its group, and a SIGTERM ends them only
-    half a minute later."""
+    needs its workers for the iteration under way and then ends them, so they leave its group, and the first SIGTERM ends them
+    only half a minute later."""
+    def wait(number, frame):
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.alarm(30)
     os.setpgid(0, 0)
-    signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(30))
+    signal.signal(signal.SIGTERM, wait)

@@ -99,7 +99,7 @@ class Run:
         self._held = None
         self._losses: list[dict[str, Tensor]] = []
         if self.folder.is_dir() and not options.eval:
-            self._lock()
+            self._lock(clear=True)
         # Only the first process looks what is there: over a network, the others may see it seconds later.
         self._files = set(gather_objects([path.name for path in self.folder.glob("*.pt")])[0])
         self.selected = self._selected_stages()
@@ -483,8 +483,9 @@ class Run:
         return {"method": self.method, **to_json(self.cfg, identity_only=True), **to_json(self.options, identity_only=True),
                 **processes}
 
-    def _lock(self) -> None:
-        """Keep other starts out of the folder for as long as this process lives, however it ends."""
+    def _lock(self, clear: bool = False) -> None:
+        """Keep other starts out of the folder for as long as this process lives, however it ends. With `clear`, before any
+        process writes, remove the half-written files that a kill has left."""
         if self.rank or self._held or fcntl is None:
             return
         try:
@@ -499,8 +500,8 @@ class Run:
                             "another --tag") from error
         except OSError:                                                      # a file system without locks
             return
-        for left in self.folder.rglob(".*.tmp"):                             # half a file that a kill has left
-            left.unlink(missing_ok=True)
+        for half in self.folder.rglob(".*.tmp") if clear else ():
+            half.unlink(missing_ok=True)
 
     def _write_config(self) -> None:
         if self.rank == 0:

@@ -1,4 +1,4 @@
-"""A dataclass becomes a command line: one flag a field, with its help, the paper's value and its bounds.
+"""A dataclass becomes a command line: one flag per field, with its help, the paper's value and its bounds.
 
     @dataclass
     class Config:
@@ -22,35 +22,10 @@ import shlex
 import sys
 import types
 import typing
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
-
-class UserError(Exception):
-    """Something the user can put right. Its message is one sentence that says what is wrong and the way out."""
-
-
-def write_atomically(path: str | os.PathLike, save: Callable[[BinaryIO], object]) -> None:
-    """Write a file through `save(file)`: under its name there is always a whole file or none.
-
-    Raises: UserError naming the file if it cannot be written (a full disk, a folder without permission).
-    """
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with open(temporary, "wb") as file:
-                save(file)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
-    except (OSError, RuntimeError) as error:                 # torch.save reports a full disk as RuntimeError
-        why = getattr(error, "strerror", None) or str(error).splitlines()[0]
-        raise UserError(f"cannot write {path}: {why}; make room or choose another folder, then start again") from error
+from common.files import UserError
 
 
 class Size(NamedTuple):
@@ -64,28 +39,23 @@ class Size(NamedTuple):
 
     @staticmethod
     def parse(text: str) -> Size:
-        """Read "1280x720"; an ArgumentTypeError otherwise."""
         match = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", text)
         if match is None:
             raise argparse.ArgumentTypeError(f"{text!r} is not a size; write WIDTHxHEIGHT, for example 1280x720")
         return Size(int(match[1]), int(match[2]))
 
 
-def option(default, help: str, *, paper=None, section: str = "", choices: tuple = (), low=None, high=None,
-           identity: bool = True):
+def option(default, help: str, *, paper=None, section: str = "", choices: tuple = (), low=None, high=None, defines_run=True):
     """A dataclass field that is a flag.
 
     Args:
-        default: the value used when the flag is absent; `None` stands for "chosen from other flags".
-        help: one line, in the paper's terms.
-        paper: the value the paper gives; None if it gives none (shown as †).
-        section: where the paper gives it.
+        default: the value without the flag; `None` stands for "chosen from other flags".
+        paper, section: the value the paper gives, and where; None if it gives none (shown as †).
         choices, low, high: the values allowed (bounds are inclusive).
-        identity: whether a run continued with another value would be another run.
+        defines_run: whether a run continued with another value would be another run.
     """
-    metadata = {"help": help, "paper": paper, "section": section, "choices": choices, "low": low, "high": high,
-                "identity": identity}
-    return dataclasses.field(default=default, metadata=metadata)
+    return dataclasses.field(default=default, metadata={"help": help, "paper": paper, "section": section, "choices": choices,
+                                                        "low": low, "high": high, "defines_run": defines_run})
 
 
 def flag(name: str) -> str:
@@ -94,69 +64,58 @@ def flag(name: str) -> str:
 
 
 def parse(prog: str, doc: str, classes: tuple[type, ...], argv: list[str] | None = None, toy: dict | None = None) -> tuple:
-    """Read the command line into one instance of each dataclass in `classes`.
+    """Read the command line into one instance of each dataclass in `classes`, the method's first.
 
-    Args:
-        prog: the script's name.
-        doc: its docstring, shown by --help.
-        classes: dataclasses whose fields are made by `option`, the method's first; a field named `command` receives the
-            command line.
-        argv: arguments without the program's name; None means sys.argv.
-        toy: values that become the defaults when --toy is among the arguments.
-    Raises: SystemExit(2) after one sentence on stderr for anything that cannot be meant.
+    A field of two classes is one flag, which the first describes: a Config gives the paper's value of a common option so. A
+    field named `command` receives the command line; `toy` holds the defaults with --toy.
+    Raises: SystemExit(2) after one sentence on stderr for what makes no sense.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     parser = _Parser(prog=prog, description=doc, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
+    described: set[str] = set()
     for cls in classes:
         group = parser.add_argument_group(f"{cls.__name__} ({(cls.__doc__ or '').strip().splitlines()[0]})")
-        for field, kind in _flags(cls):
-            _add(group, field, kind, cls is classes[0])
+        for field, kind in [pair for pair in flags(cls) if pair[0].name not in described]:
+            described.add(field.name)
+            paper = f"; paper: {paper_value(field)}" if cls is classes[0] else ""
+            how: dict[str, Any] = {"dest": field.name, "default": field.default,
+                                   "help": f"{field.metadata['help']} [{show(field.default)}{paper}]".replace("%", "%%")}
+            if kind is bool:
+                how["action"] = argparse.BooleanOptionalAction
+            else:
+                how |= {"type": _reader(field, (typing.get_args(kind) or (kind,))[0]), "metavar": "X",
+                        "choices": field.metadata["choices"] or None, "nargs": "+" if typing.get_args(kind) else None}
+            group.add_argument(flag(field.name), **how)
     if toy is not None and "--toy" in argv:
         parser.set_defaults(**toy)
-    values = vars(parser.parse_args(argv))
-    command = shlex.join([sys.executable, prog, *argv])
-    instances = []
-    for cls in classes:
-        chosen = {field.name: values[field.name] for field, _ in _flags(cls)}
-        if "command" in {field.name for field in dataclasses.fields(cls)}:
-            chosen["command"] = command
-        instances.append(cls(**chosen))
-    return tuple(instances)
+    values = {name: tuple(value) if isinstance(value, list) else value for name, value in vars(parser.parse_args(argv)).items()}
+    values["command"] = shlex.join([sys.executable, prog, *argv])
+    return tuple(cls(**{field.name: values[field.name] for field in dataclasses.fields(cls)}) for cls in classes)
 
 
-def to_json(instance, identity_only: bool = False) -> dict[str, Any]:
-    """The flags of a dataclass instance as JSON-ready values; with `identity_only` just those that make a run what it is."""
-    plain = {}
-    for field, _ in _flags(type(instance)):
-        if field.metadata["identity"] or not identity_only:
-            value = getattr(instance, field.name)
-            plain[field.name] = str(value) if isinstance(value, Size) else list(value) if isinstance(value, tuple) else value
-    return plain
-
-
-def defaults_table(cls: type) -> str:
-    """The Markdown table of a Config: flag, default, the paper's value and where the paper gives it."""
-    lines = ["| flag | default | paper | meaning |", "|---|---|---|---|"]
-    for field, _ in _flags(cls):
-        lines.append(f"| `{flag(field.name)}` | {_show(field.default)} | {_paper(field)} | {field.metadata['help']} |")
-    return "\n".join(lines)
+def to_json(instance, defining_only: bool = False) -> dict[str, Any]:
+    """The flags of a dataclass instance as JSON-ready values; with `defining_only` just those that make a run what it is."""
+    values = {field.name: getattr(instance, field.name) for field, _ in flags(type(instance))
+              if field.metadata["defines_run"] or not defining_only}
+    return {name: str(value) if isinstance(value, Size) else list(value) if isinstance(value, tuple) else value
+            for name, value in values.items()}
 
 
 def command(main):
-    """Decorate `main(argv=None)`: what the user can put right becomes one line on stderr and exit status 2."""
+    """Decorate `main(argv=None)`: what the user can fix becomes one line on stderr and exit status 2."""
     @functools.wraps(main)
     def wrapped(argv: list[str] | None = None):
         try:
             return main(argv)
-        except UserError as error:
-            message = str(error)
-        except RuntimeError as error:
-            message = _explain(error)
+        except (UserError, RuntimeError) as error:
+            message = str(error) if isinstance(error, UserError) else _explain(error)
             if not message:
                 raise
         gc.collect()    # only now do the loaders go that the exception's frames kept alive, and their worker processes
-        rank = os.environ.get("RANK", "0")
-        print(f"{Path(inspect.getfile(main)).name}{f' (process {rank})' * (rank != '0')}: error: {message}", file=sys.stderr)
+        if message.startswith("Caught "):                        # by a worker process, which hands over its traceback as text
+            message = re.sub(r"^[\w.]*UserError: ", "", message.strip().splitlines()[-1])
+        process = f" (process {os.environ['RANK']})" if os.environ.get("RANK", "0") != "0" else ""
+        print(f"{Path(inspect.getfile(main)).name}{process}: error: {message}", file=sys.stderr)
         raise SystemExit(2)
     return wrapped
 
@@ -164,59 +123,34 @@ def command(main):
 def _explain(error: RuntimeError) -> str:
     """One sentence for what torch reports as a RuntimeError though nothing is wrong with the code; "" for the others."""
     if type(error).__name__ == "OutOfMemoryError":
-        return ("the accelerator's memory is full: try a smaller --batch-size or --crop, or --amp bf16; what was saved is kept")
+        return "the accelerator's memory is full: try a smaller --batch-size or --crop, or --amp bf16; what was saved is kept"
     if re.search(r"[Cc]onnection closed|[Cc]onnection reset|Broken pipe|remote process exited", str(error)):
         return "another process of this run ended; see its message, then start all again to resume"
     if "DataLoader worker (pid" in str(error):                   # torch raises it wherever the program is at that moment
-        return ("a process that loads images was killed, perhaps for lack of memory: try fewer --workers, then start again to "
-                "resume")
+        return "a process that loads images was killed, perhaps for lack of memory: try fewer --workers, then start again"
     return ""
 
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str):
-        unknown = re.match(r"unrecognized arguments: (--[\w-]+)", message)
-        if unknown:
+        if unknown := re.match(r"unrecognized arguments: (--[\w-]+)", message):
             near = difflib.get_close_matches(unknown[1], self._option_string_actions, n=1)
             message += f" (did you mean {near[0]}?)" if near else " (see --help)"
         print(f"{self.prog}: error: {message}", file=sys.stderr)
         raise SystemExit(2)
 
 
-def _flags(cls: type):
+def flags(cls: type):
     """(field, type) of every field made by `option`; `X | None` counts as X."""
     hints = typing.get_type_hints(cls)
     for field in dataclasses.fields(cls):
-        if "help" in field.metadata:
+        if field.metadata:
             kind = hints[field.name]
-            if isinstance(kind, types.UnionType):
-                kind = next(k for k in kind.__args__ if k is not type(None))
-            yield field, kind
-
-
-def _add(group, field: dataclasses.Field, kind, with_paper: bool) -> None:
-    paper = f"; paper: {_paper(field)}" if with_paper else ""
-    text = f"{field.metadata['help']} [{_show(field.default)}{paper}]".replace("%", "%%")
-    if kind is bool:
-        group.add_argument(flag(field.name), dest=field.name, default=field.default, help=text,
-                           action=argparse.BooleanOptionalAction)
-    elif typing.get_origin(kind) is tuple:
-        group.add_argument(flag(field.name), dest=field.name, default=field.default, help=text, nargs="+",
-                           choices=field.metadata["choices"] or None, type=_reader(field, typing.get_args(kind)[0]),
-                           action=_Tuple, metavar="X")
-    else:
-        group.add_argument(flag(field.name), dest=field.name, default=field.default, help=text,
-                           choices=field.metadata["choices"] or None, type=_reader(field, kind),
-                           metavar=None if field.metadata["choices"] else getattr(kind, "__name__", "X").upper())
-
-
-class _Tuple(argparse.Action):
-    def __call__(self, parser, namespace, values, option_string=None):
-        setattr(namespace, self.dest, tuple(values))
+            yield field, typing.get_args(kind)[0] if isinstance(kind, types.UnionType) else kind
 
 
 def _reader(field: dataclasses.Field, kind):
-    """The function that argparse calls on the text of a flag: converts, then checks the bounds."""
+    """What argparse calls on the text of a flag: it converts the text and checks the bounds."""
     low, high = field.metadata["low"], field.metadata["high"]
 
     def read(text: str):
@@ -229,19 +163,17 @@ def _reader(field: dataclasses.Field, kind):
             raise argparse.ArgumentTypeError(f"{text} is above the largest possible value {high}")
         return value
 
-    read.__name__ = kind.__name__                            # argparse: "invalid float value: 'abc'"
+    read.__name__ = kind.__name__                                # argparse: "invalid float value: 'abc'"
     return read
 
 
-def _show(value) -> str:
-    if value is None:
-        return "automatic"
-    if isinstance(value, bool):
-        return "yes" if value else "no"
+def show(value) -> str:
+    """A value as it is typed."""
+    if value is None or isinstance(value, bool):
+        return {None: "automatic", True: "yes", False: "no"}[value]
     return " ".join(map(str, value)) if isinstance(value, tuple) and not isinstance(value, Size) else str(value)
 
 
-def _paper(field: dataclasses.Field) -> str:
-    if field.metadata["paper"] is None:
-        return "†"                                           # not in the paper
-    return f"{_show(field.metadata['paper'])} ({field.metadata['section']})"
+def paper_value(field: dataclasses.Field) -> str:
+    """The paper's value and where it stands; † if the paper gives none."""
+    return "†" if field.metadata["paper"] is None else f"{show(field.metadata['paper'])} ({field.metadata['section']})"

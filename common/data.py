@@ -8,13 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import io
+import itertools
 import os
-import re
 import signal
-import struct
 import warnings
-import zipfile
-import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,26 +22,17 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Subset
 from torchvision import tv_tensors
 from torchvision.io import ImageReadMode, decode_image
 from torchvision.transforms import v2
 
-from common.cli import Size, UserError, write_atomically
+from common.cli import Size
+from common.files import UserError, write_atomically
 
 IGNORE = 255
 IMAGENET_MEAN = (0.485, 0.456, 0.406)                            # of RGB in [0, 1], as the encoders were trained
 IMAGENET_STD = (0.229, 0.224, 0.225)
-
-
-class DataError(UserError):
-    """Something is wrong with a file or a folder; the message names it."""
-
-    def __init__(self, message: str):
-        # A worker process hands its exception over as text, and torch rebuilds it from the whole traceback.
-        if message.startswith("Caught "):
-            message = re.sub(r"^[\w.]*DataError: ", "", message.strip().splitlines()[-1])
-        super().__init__(message)
 
 
 _CLASSES = (  # in the order of Cityscapes' train ids: name, colour, Cityscapes id, SYNTHIA id
@@ -65,10 +53,7 @@ _UNDEFINED = 254                                                 # in a table fr
 
 @dataclass(frozen=True)
 class ClassList:
-    """The classes a head predicts; position k in each tuple describes class index k.
-
-    means: name of a reported mean -> the class indices it runs over.
-    """
+    """The classes a head predicts, in the order of their indices; means: name of a reported mean -> indices it runs over."""
 
     names: tuple[str, ...]
     colors: tuple[tuple[int, int, int], ...]
@@ -84,10 +69,9 @@ def class_list(source: str, target: str = "cityscapes") -> ClassList:
     rows = [(i, row) for i, row in enumerate(_CLASSES) if source != "synthia" or row[3] is not None]
     names = tuple(row[0] for _, row in rows)
     every, thirteen = tuple(range(len(names))), tuple(k for k, name in enumerate(names) if name not in _NOT_IN_13)
-    if target == "crosscity":
-        means = {"mIoU": thirteen}
-    else:
-        means = {"mIoU": every, "mIoU*": thirteen} if source == "synthia" else {"mIoU": every}
+    means = {"mIoU": thirteen if target == "crosscity" else every}
+    if source == "synthia" and target != "crosscity":
+        means["mIoU*"] = thirteen
     return ClassList(names, tuple(row[1] for _, row in rows), tuple(i for i, _ in rows), means)
 
 
@@ -117,14 +101,13 @@ class _Layout(NamedTuple):
     label_end: str
     example: str
     splits: tuple[str, ...] = ("train", "val")
-    depth: str = "*"
 
 
 _LAYOUTS = {
     "gta5": _Layout("gta5/images", (".png",), "gta5/labels", ".png", "00001", ("train",)),
     "synthia": _Layout("synthia/RGB", (".png",), "synthia/GT/LABELS", ".png", "0000000", ("train",)),
     "cityscapes": _Layout("cityscapes/leftImg8bit/{split}", ("_leftImg8bit.png",), "cityscapes/gtFine/{split}",
-                          "_gtFine_labelIds.png", "aachen/aachen_000000_000019", depth="*/*"),
+                          "_gtFine_labelIds.png", "aachen/aachen_000000_000019"),
     "crosscity": _Layout("crosscity/{city}/Images/{part}", (".jpg", ".png"), "crosscity/{city}/Labels/Test",
                          "_eval.png", "pano_00001"),
 }
@@ -136,62 +119,56 @@ def find_pairs(root: str | Path, dataset: str, split: str = "train", *, images: 
 
     Args:
         root: the folder that holds gta5/, synthia/, cityscapes/ and crosscity/.
-        dataset: "gta5", "synthia", "cityscapes" or "crosscity".
-        split: "train" or "val"; GTA5 and SYNTHIA have only "train". Cross-City's "train" has no labels.
+        dataset: "gta5", "synthia", "cityscapes" or "crosscity"; split: "train" or "val", which GTA5 and SYNTHIA lack.
         images: a folder with files of the same names to be read instead of the images (translated images).
         city: Cross-City's city.
-        labels: False if labels are not needed: they are not looked for, and `label` is None.
-    Raises: DataError for a missing folder (with the expected tree and what is there), an image without its label,
+        labels: False if labels are not needed, so that `label` is None, as it is in Cross-City's "train".
+    Raises: UserError for a missing folder (with the expected tree and what is there), an image without its label,
         a label without its image, a city that is not there.
     """
-    if dataset not in _LAYOUTS:
-        raise DataError(f"there is no dataset {dataset!r}: choose one of {', '.join(_LAYOUTS)}")
-    root, layout = Path(root), _LAYOUTS[dataset]
-    if split not in layout.splits:
-        raise DataError(f"{dataset} has no split {split!r}: choose one of {', '.join(layout.splits)}")
+    layout, root = _LAYOUTS.get(dataset), Path(root)
+    if not layout or split not in layout.splits:
+        known = ", ".join(f"{name} ({' '.join(layout.splits)})" for name, layout in _LAYOUTS.items())
+        raise UserError(f"there is no dataset {dataset!r} with a split {split!r}: choose one of {known}")
     if dataset == "crosscity":
         labels = labels and split == "val"
         cities = [name.rstrip("/") for name in _entries(root / "crosscity") if name.endswith("/")]
         if cities and city not in cities:
-            raise DataError(f"there is no city {city!r} in {root / 'crosscity'}: choose one of {', '.join(cities)}")
-    where = {"split": split, "city": city or "Rome", "part": "Train" if split == "train" else "Test"}
-    image_folder, label_folder = root / layout.images.format(**where), root / layout.labels.format(**where)
-    image_files = _list(image_folder, layout.depth, layout.image_ends)
-    label_files = _list(label_folder, layout.depth, (layout.label_end,)) if labels else {}
-
-    for folder, files in [(image_folder, image_files)] + [(label_folder, label_files)] * labels:
-        if not files:
-            there = next(path for path in (folder, *folder.absolute().parents) if path.is_dir())
-            names = _entries(there)
-            found = ", ".join(names[:8] + ["..."] * (len(names) > 8)) or "nothing"
-            tree = f"\n  {image_folder / layout.example}{' or '.join(layout.image_ends)}"
-            tree += f"\n  {label_folder / layout.example}{layout.label_end}" * labels
-            raise DataError(f"{folder} has no {dataset} files\nexpected:{tree}\nfound in {there}: {found}")
-    for name in sorted(image_files.keys() ^ label_files.keys()) if labels else ():
-        if name in image_files:
-            raise DataError(f"{image_files[name]} has no label: {label_folder / name}{layout.label_end} is missing")
-        raise DataError(f"{label_files[name]} has no image: {image_folder / name}{layout.image_ends[0]} is missing")
-    if images is not None:
-        others = {name: Path(images) / path.relative_to(image_folder) for name, path in image_files.items()}
-        there = set(_list(Path(images), layout.depth, layout.image_ends).values())
-        for name in sorted(others):
-            if others[name] not in there:
-                raise DataError(f"{image_files[name]} has no counterpart: {others[name]} is missing")
-        image_files = others
-    return [Pair(image_files[name], label_files.get(name), name) for name in sorted(image_files)]
-
-
-def _list(folder: Path, depth: str, ends: tuple[str, ...]) -> dict[str, Path]:
-    """Name -> file for the files below `folder` with one of the endings; {} if there is no such folder."""
-    files: dict[str, Path] = {}
-    for path in folder.glob(depth):
-        end = next((end for end in ends if path.name.endswith(end)), None)
-        if end is None or path.name.startswith("."):             # ._00001.png is what macOS leaves in copied folders
-            continue
-        name = path.relative_to(folder).as_posix().removesuffix(end)
+            raise UserError(f"there is no city {city!r} in {root / 'crosscity'}: choose one of {', '.join(cities)}")
+    part = {"split": split, "city": city or "Rome", "part": "Train" if split == "train" else "Test"}
+    image_folder, label_folder = root / layout.images.format(**part), root / layout.labels.format(**part)
+    files = _list(image_folder, layout, layout.image_ends)
+    label_files = _list(label_folder, layout, (layout.label_end,)) if labels else {}
+    for folder in [image_folder] * (not files) + [label_folder] * (labels and not label_files):
+        parent = next(path for path in (folder, *folder.absolute().parents) if path.is_dir())
+        entries = _entries(parent)
+        content = ", ".join(entries[:8] + ["..."] * (len(entries) > 8)) or "nothing"
+        tree = f"\n  {image_folder / layout.example}{' or '.join(layout.image_ends)}"
+        tree += f"\n  {label_folder / layout.example}{layout.label_end}" * labels
+        raise UserError(f"{folder} has no {dataset} files\nexpected:{tree}\nfound in {parent}: {content}")
+    for name in sorted(files.keys() ^ label_files.keys()) if labels else ():
         if name in files:
-            raise DataError(f"{path} and {files[name]} have the same name: remove one of them")
-        files[name] = path
+            raise UserError(f"{files[name]} has no label: {label_folder / name}{layout.label_end} is missing")
+        raise UserError(f"{label_files[name]} has no image: {image_folder / name}{layout.image_ends[0]} is missing")
+    if images is not None:
+        translated = _list(Path(images), layout, layout.image_ends)
+        for name in sorted(files.keys() - translated.keys()):
+            missing = Path(images) / files[name].relative_to(image_folder)
+            raise UserError(f"{files[name]} has no counterpart: {missing} is missing")
+        files = {name: translated[name] for name in files}
+    return [Pair(files[name], label_files.get(name), name) for name in sorted(files)]
+
+
+def _list(folder: Path, layout: _Layout, ends: tuple[str, ...]) -> dict[str, Path]:
+    """Name -> file for the files with one of the endings, as deep below `folder` as the layout's example."""
+    files: dict[str, Path] = {}
+    for path in folder.glob("/".join("*" * len(Path(layout.example).parts))):
+        end = next((end for end in ends if path.name.endswith(end)), None)
+        if end and not path.name.startswith("."):                # ._00001.png is what macOS leaves in copied folders
+            name = path.relative_to(folder).as_posix().removesuffix(end)
+            if name in files:
+                raise UserError(f"{path} and {files[name]} have the same name: remove one of them")
+            files[name] = path
     return files
 
 
@@ -202,45 +179,28 @@ def _entries(folder: Path) -> list[str]:
 
 
 @contextmanager
-def _reading(path: str | Path) -> Iterator[None]:
-    """Turn whatever a decoder raises (half a dozen kinds) into a DataError that names the file."""
+def _content(path: str | Path) -> Iterator[bytes]:
+    """The bytes of an image file; whatever a decoder raises about them (half a dozen kinds) becomes a UserError naming it."""
     try:
-        yield
-    except DataError:
+        content = Path(path).read_bytes()
+        if not content.startswith(b"\xff\xd8"):                  # all but JPEG, which has no checksums: without this check,
+            with Image.open(io.BytesIO(content)) as file:        # torchvision's decoder may take the process with it
+                file.verify()
+        yield content
+    except UserError:
         raise
     except Exception as error:
         reason = getattr(error, "strerror", None) or "the file is damaged, truncated or not an image"
-        raise DataError(f"cannot read {path}: {reason}") from error
-
-
-def _check_png(data: bytes) -> dict[bytes, list[memoryview]]:
-    """Check a PNG file's length and checksums, which Pillow skips and on which torchvision's decoder may crash.
-
-    Returns: the chunks' contents by kind. Raises: ValueError, struct.error.
-    """
-    if not data.startswith(b"\x89PNG\r\n\x1a\n"):
-        raise ValueError("not a PNG")
-    view, at, chunks = memoryview(data), 8, {}
-    while b"IEND" not in chunks:
-        length, kind = struct.unpack_from(">I4s", data, at)
-        body, (checksum,) = view[at + 8:at + 8 + length], struct.unpack_from(">I", data, at + 8 + length)
-        if zlib.crc32(body, zlib.crc32(kind)) != checksum:
-            raise ValueError("checksum")
-        chunks.setdefault(kind, []).append(body)
-        at += 12 + length
-    return chunks
+        raise UserError(f"cannot read {path}: {reason}") from error
 
 
 def read_image(path: str | Path) -> Tensor:
-    """Read a PNG or JPEG as uint8 (3,H,W) RGB. Raises DataError naming a missing, damaged or truncated file."""
-    with _reading(path):
-        data = Path(path).read_bytes()
-        if not data.startswith(b"\xff\xd8"):                     # JPEG has no checksums
-            _check_png(data)
+    """Read a PNG or JPEG as uint8 (3,H,W) RGB. Raises UserError naming a missing, damaged or truncated file."""
+    with _content(path) as content:
         # A fifth (PNG) to a third (JPEG) faster than Pillow, and it refuses JPEGs that Pillow fills up with grey.
-        image = decode_image(torch.frombuffer(bytearray(data), dtype=torch.uint8), mode=ImageReadMode.RGB)
+        image = decode_image(torch.frombuffer(bytearray(content), dtype=torch.uint8), mode=ImageReadMode.RGB)
     if image.dtype != torch.uint8:
-        raise DataError(f"{path} is not an 8-bit image")
+        raise UserError(f"{path} is not an 8-bit image")
     return image
 
 
@@ -249,55 +209,37 @@ def read_label(path: str | Path, dataset: str, classes: ClassList) -> Tensor:
 
     GTA5's palette PNGs hold ids as palette indices, Cityscapes' and Cross-City's files hold ids as grey values,
     SYNTHIA's hold them in the first channel of 16-bit RGB.
-    Raises: DataError naming a file that is missing, damaged, of another pixel type, or has ids its dataset lacks.
+    Raises: UserError naming a file that is missing, damaged, of another pixel type, or has ids its dataset lacks.
     """
     ids = _read_synthia_ids(path) if dataset == "synthia" else _read_ids(path)
     label = _index_table(dataset, classes)[np.minimum(ids, 255).astype(np.uint8)]
     if (label == _UNDEFINED).any():
         unknown = np.unique(ids[label == _UNDEFINED]).tolist()
-        raise DataError(f"{path} has ids that {dataset} does not define: {', '.join(map(str, unknown[:8]))}"
+        raise UserError(f"{path} has ids that {dataset} does not define: {', '.join(map(str, unknown[:8]))}"
                         f"{', ...' if len(unknown) > 8 else ''}")
     return torch.from_numpy(label)
 
 
 def _read_ids(path: str | Path) -> np.ndarray:
     """An 8-bit PNG with one channel as uint8 (H,W); of a palette PNG the indices: `convert` would give its colours."""
-    with _reading(path):
-        data = Path(path).read_bytes()
-        _check_png(data)
-        with Image.open(io.BytesIO(data)) as file:
-            if file.mode not in ("L", "P"):
-                raise DataError(f"{path} must be an 8-bit PNG with one channel, but Pillow calls it {file.mode}")
-            return np.array(file)
+    with _content(path) as content, Image.open(io.BytesIO(content)) as file:
+        if file.mode not in ("L", "P"):
+            raise UserError(f"{path} must be an 8-bit PNG with one channel, but Pillow calls it {file.mode}")
+        return np.array(file)
 
 
 def _read_synthia_ids(path: str | Path) -> np.ndarray:
-    """A 16-bit RGB PNG's first channel as uint16 (H,W).
-
-    Only torchvision reads all 16 bits (Pillow keeps the upper 8, in which every id is 0), but a stream that ends early
-    makes its decoder crash the process, so that is looked at before.
-    """
-    with _reading(path):
-        data = Path(path).read_bytes()
-        chunks = _check_png(data)
-        width, height, depth, colour, *method = struct.unpack(">IIBBBBB", chunks[b"IHDR"][0])
-        if (depth, colour, *method) != (16, 2, 0, 0, 0):
-            raise DataError(f"{path} must be a 16-bit RGB PNG as SYNTHIA's labels are, but has {depth} bits and colour "
-                            f"type {colour}: copies made by most image programs have lost the ids")
-        rows = np.frombuffer(zlib.decompress(b"".join(chunks[b"IDAT"])), dtype=np.uint8).reshape(height, 1 + 6 * width)
-        if rows[:, 0].max() > 4:                                 # a row starts with its filter, 0..4
-            raise ValueError("filter")
-        pixels = decode_image(torch.frombuffer(bytearray(data), dtype=torch.uint8), mode=ImageReadMode.UNCHANGED)
-    if pixels.dtype != torch.uint16:
-        raise DataError(f"{path} has 16 bits but torchvision decoded it to {pixels.dtype}: install another version")
+    """A 16-bit RGB PNG's first channel as uint16 (H,W). Only torchvision reads all 16 bits: Pillow keeps the upper 8."""
+    with _content(path) as content:
+        pixels = decode_image(torch.frombuffer(bytearray(content), dtype=torch.uint8), mode=ImageReadMode.UNCHANGED)
+    if pixels.dtype != torch.uint16 or len(pixels) != 3:
+        raise UserError(f"{path} must be a 16-bit RGB PNG as SYNTHIA's labels are, not {tuple(pixels.shape)} {pixels.dtype}: "
+                        "copies made by most image programs have lost the ids")
     return pixels[0].numpy()
 
 
 def save_label(path: str | Path, label: Tensor) -> None:
-    """Write an (H,W) label with values 0..255 as an 8-bit PNG: under its name there is always a whole file or none.
-
-    Raises: UserError naming the path if it cannot be written; ValueError for values outside 0..255.
-    """
+    """Write an (H,W) label as an 8-bit PNG. Raises: UserError if it cannot be written; ValueError for values outside 0..255."""
     values = label.detach().cpu().numpy()
     if values.size and not 0 <= values.min() <= values.max() <= 255:
         raise ValueError(f"label values must lie in 0..255, not {values.min()}..{values.max()}")
@@ -327,30 +269,28 @@ class SegmentationDataset(Dataset):
 
     image is float32 (3,H,W), normalised by ImageNet's mean and standard deviation; label and maps are int64 (H,W), the
     label with class indices and 255. Without a label file the label is 255 everywhere, of the image's size.
-    Raises: DataError naming the file, see `read_image` and `read_label`, and for a label of another size than its
-        image; only GTA5 has a few such pairs: a warning names them, the label is resized.
+
+    Args:
+        pairs: what `find_pairs` returned.
+        dataset: whose labels they are; decides reader and ids.
+        classes: the class list whose indices the labels get.
+        size: images are resized to it (antialiased), training labels and maps too (nearest); None: own size.
+        maps: folders with one 8-bit one-channel PNG `<folder>/<name>.png` per image, of the size that images have here.
+        transform: called with (image float32 (3,H,W) in [0,1], seed, name) after the resize of a training item, before its
+            augmentation; returns an image of the same kind.
+    Raises: UserError naming the file, see `read_image` and `read_label`, for a missing map, and for a label of another size
+        than its image; only GTA5 has a few such pairs: a warning names them, the label is resized.
     """
 
     def __init__(self, pairs: Sequence[Pair], dataset: str, classes: ClassList, size: Size | None,
                  augment: Augment = Augment(), maps: Sequence[str | Path] = (),  # noqa: B008 (frozen)
-                 alter: Callable[[Tensor, int, str], Tensor] | None = None):
-        """
-        Args:
-            pairs: what `find_pairs` returned.
-            dataset: whose labels they are; decides reader and ids.
-            classes: the class list whose indices the labels get.
-            size: images are resized to it (antialiased), training labels and maps too (nearest); None: own size.
-            maps: folders with one 8-bit one-channel PNG `<folder>/<name>.png` per image, of the size that images have here.
-            alter: called with (image float32 (3,H,W) in [0,1], seed, name) after the resize of a training item, before its
-                augmentation; returns an image of the same kind.
-        """
-        self.pairs, self.dataset, self.classes, self.size, self.alter = list(pairs), dataset, classes, size, alter
-        self.augment, self.scale = augment, augment.scale
-        self.maps = [Path(folder) for folder in maps]
-        for path in (self._map_path(folder, pair) for folder in self.maps for pair in self.pairs):
-            if not path.is_file():
-                raise DataError(f"{path} is missing: every image needs a map in {path.parent}")
-        mean = [round(255 * value) for value in IMAGENET_MEAN] if alter is None else list(IMAGENET_MEAN)
+                 transform: Callable[[Tensor, int, str], Tensor] | None = None):
+        self.pairs, self.dataset, self.classes, self.size = list(pairs), dataset, classes, size
+        self.augment, self.maps, self.transform = augment, [Path(folder) for folder in maps], transform
+        for folder, pair in itertools.product(self.maps, self.pairs):
+            if not (folder / f"{pair.name}.png").is_file():
+                raise UserError(f"{folder / pair.name}.png is missing: every image needs a map in {folder}")
+        mean = list(IMAGENET_MEAN) if transform else [round(255 * value) for value in IMAGENET_MEAN]
         moves: list[Callable] = [v2.RandomHorizontalFlip(0.5 if augment.flip else 0)]
         if augment.crop is not None:
             moves.append(v2.RandomCrop((augment.crop.height, augment.crop.width), pad_if_needed=True,
@@ -359,16 +299,14 @@ class SegmentationDataset(Dataset):
         self.jitter = v2.ColorJitter(jitter, jitter, jitter, hue=0.4 * jitter) if jitter else v2.Identity()
 
     def with_maps(self, *folders: str | Path) -> SegmentationDataset:
-        """The same data set with these folders of maps. Raises DataError for an image without its map."""
-        return SegmentationDataset(self.pairs, self.dataset, self.classes, self.size, self.augment, folders, self.alter)
+        """The same data set with these folders of maps. Raises UserError for an image without its map."""
+        return SegmentationDataset(self.pairs, self.dataset, self.classes, self.size, self.augment, folders, self.transform)
 
     def __len__(self) -> int:
         return len(self.pairs)
 
     def __getitem__(self, key: int | tuple[int, int]) -> tuple:
-        # One thread, as in worker processes: the last bits of a sum depend on how many threads share it, and on
-        # images of this size several threads cost more than they save.
-        threads = torch.get_num_threads()
+        threads = torch.get_num_threads()    # one, as in worker processes: a sum's last bits depend on how many share it
         torch.set_num_threads(1)
         try:
             return self._item(*key) if isinstance(key, tuple) else self._item(key, None)
@@ -384,7 +322,7 @@ class SegmentationDataset(Dataset):
         shape = image.shape[1:]
         if label is None:
             label = torch.full(shape, IGNORE, dtype=torch.uint8)
-        maps = [self._read_map(self._map_path(folder, pair), shape) for folder in self.maps]
+        maps = [read_map(folder / f"{pair.name}.png", shape) for folder in self.maps]
         if seed is None:
             image = v2.functional.to_dtype(image, torch.float32, scale=True)
         else:
@@ -398,36 +336,32 @@ class SegmentationDataset(Dataset):
             return label
         message = f"{pair.label} is {label.shape[1]}x{label.shape[0]}, its image {pair.image} {shape[1]}x{shape[0]}"
         if self.dataset != "gta5":
-            raise DataError(message)
+            raise UserError(message)
         warnings.warn(f"{message}: the label is resized", stacklevel=2)
         return _nearest(label, shape)
 
-    @staticmethod
-    def _read_map(path: Path, shape: torch.Size) -> Tensor:
-        values = torch.from_numpy(_read_ids(path))
-        if values.shape != shape:
-            raise DataError(f"{path} is {values.shape[1]}x{values.shape[0]}, its image {shape[1]}x{shape[0]}: delete the run's "
-                            "folder, or give this run another --tag")
-        return values
-
     def _augment(self, image: Tensor, masks: Tensor, seed: int, name: str) -> tuple[Tensor, Tensor]:
         """image uint8 (3,H,W) -> float32 in [0,1], masks (M,H,W) moved with it."""
-        if self.alter is not None:
-            image = self.alter(v2.functional.to_dtype(image, torch.float32, scale=True), seed, name)
-        with torch.random.fork_rng(devices=[]):
-            # torch.manual_seed would seed the accelerator too, which this fork_rng would not put back.
+        if self.transform:
+            image = self.transform(v2.functional.to_dtype(image, torch.float32, scale=True), seed, name)
+        with torch.random.fork_rng(devices=[]):                  # of the CPU, which torch.manual_seed would not seed alone
             torch.default_generator.manual_seed(derive_seed(seed, "augment"))
-            if self.scale != (1.0, 1.0):
-                factor = torch.empty(()).uniform_(*self.scale).item()
+            if self.augment.scale != (1.0, 1.0):
+                factor = torch.empty(()).uniform_(*self.augment.scale).item()
                 shape = [max(1, round(factor * side)) for side in image.shape[1:]]
                 image, masks = v2.functional.resize(image, shape, antialias=True), _nearest(masks, shape)
             image, masks = self.move(tv_tensors.Image(image), tv_tensors.Mask(masks))
             image = self.jitter(v2.functional.to_dtype(image, torch.float32, scale=True))
         return image.as_subclass(Tensor), masks.as_subclass(Tensor)
 
-    @staticmethod
-    def _map_path(folder: Path, pair: Pair) -> Path:
-        return folder / f"{pair.name}.png"
+
+def read_map(path: Path, shape: Sequence[int]) -> Tensor:
+    """Read a per-image map, uint8 (H,W). Raises UserError naming a file that is damaged or of another size than its image."""
+    values = torch.from_numpy(_read_ids(path))
+    if values.shape != shape:
+        raise UserError(f"{path} is {values.shape[1]}x{values.shape[0]}, its image {shape[1]}x{shape[0]}: delete the run's "
+                        "folder, or give this run another --tag")
+    return values
 
 
 def _nearest(label: Tensor, shape: Sequence[int]) -> Tensor:
@@ -448,74 +382,37 @@ def read_resized(path: Path, size: Size | None) -> Tensor:
     return v2.functional.to_dtype(image, torch.float32, scale=True)
 
 
-# What files of other projects hold besides tensors: CAG's anchors are a NumPy array, and scores such as best_iou are NumPy
-# scalars. These functions only rebuild arrays and numbers of the kinds listed. NumPy 2 renamed their module, files have both.
-NUMPY_VALUES = [
-    np.ndarray, np.dtype, *map(type, map(np.dtype, (np.float64, np.float32, np.int64, np.int32, np.bool_))),
-    *((function, f"{module}.multiarray.{function.__name__}") for module in ("numpy.core", "numpy._core")
-      for function in (np.empty(0).__reduce__()[0], np.float64(0).__reduce__()[0])),
-]
+def fixed_version(dataset: SegmentationDataset, seed: int) -> Subset:
+    """A data set of training items in one version, for a sweep: item k is dataset[k, seed of k]."""
+    return Subset(dataset, [(k, derive_seed(seed, k)) for k in range(len(dataset))])
 
 
-def load_tensors(path: str | Path):
-    """torch.load on the CPU, which runs no code from the file (only tensors, plain values and NUMPY_VALUES are read), and
-    which here also looks at the file's checksums."""
-    if zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:
-            if broken := archive.testzip():
-                raise ValueError(f"checksum of {broken}")
-    with torch.serialization.safe_globals(NUMPY_VALUES):
-        return torch.load(path, map_location="cpu", weights_only=True)
-
-
-class OneVersion(Dataset):
-    """A data set of training items in one version for a sweep: item k is dataset[k, seed of k]."""
-
-    def __init__(self, dataset: SegmentationDataset, seed: int):
-        self.dataset, self.seed = dataset, seed
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def __getitem__(self, k: int) -> tuple:
-        return self.dataset[k, derive_seed(self.seed, k)]
-
-
-class IterationSampler(Sampler):
-    """A batch sampler: for each iteration this process's batch, a list of (index, item seed).
+def batch_order(length: int, batch_size: int, iterations: int, seed: int, start: int = 0, rank: int = 0,
+                world: int = 1) -> Iterator[list[tuple[int, int]]]:
+    """For each iteration from `start` on this process's batch, a list of (index, item seed).
 
     Sample number n of the run is at position n % length of epoch n // length; every epoch has its own permutation.
     `world` processes with batches of `batch_size` see together what one process with world * batch_size sees.
     """
-
-    def __init__(self, length: int, batch_size: int, iterations: int, seed: int, start: int = 0, rank: int = 0,
-                 world: int = 1):
-        self.length, self.batch_size, self.iterations, self.seed = length, batch_size, iterations, seed
-        self.start, self.rank, self.world = start, rank, world
-
-    def __len__(self) -> int:
-        return max(0, self.iterations - self.start)
-
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        epoch, order = -1, []
-        for iteration in range(self.start, self.iterations):
-            batch = []
-            for position in range(self.rank * self.batch_size, (self.rank + 1) * self.batch_size):
-                number = iteration * self.world * self.batch_size + position
-                if number // self.length != epoch:
-                    epoch = number // self.length
-                    generator = torch.Generator().manual_seed(derive_seed(self.seed, "epoch", epoch))
-                    order = torch.randperm(self.length, generator=generator).tolist()
-                batch.append((order[number % self.length], derive_seed(self.seed, iteration, position)))
-            yield batch
+    epoch, order = -1, []
+    for iteration in range(start, iterations):
+        batch = []
+        for position in range(rank * batch_size, (rank + 1) * batch_size):
+            number = iteration * world * batch_size + position
+            if number // length != epoch:
+                epoch = number // length
+                generator = torch.Generator().manual_seed(derive_seed(seed, "epoch", epoch))
+                order = torch.randperm(length, generator=generator).tolist()
+            batch.append((order[number % length], derive_seed(seed, iteration, position)))
+        yield batch
 
 
 def training_loader(dataset: SegmentationDataset, batch_size: int, iterations: int, seed: int, start: int = 0,
                     workers: int = 0, pin: bool = False, rank: int = 0, world: int = 1) -> DataLoader:
     """Batches (image (B,3,H,W), label (B,H,W), names, *maps (B,H,W)) of the iterations from `start` on."""
     if not len(dataset):
-        raise DataError("there are no images to train on")
-    batches = IterationSampler(len(dataset), batch_size, iterations, seed, start, rank, world)
+        raise UserError("there are no images to train on")
+    batches = batch_order(len(dataset), batch_size, iterations, seed, start, rank, world)
     # The loader draws a number on its own; with its own generator the run's random state does not depend on it.
     return DataLoader(dataset, batch_sampler=batches, num_workers=workers, pin_memory=pin, generator=torch.Generator(),
                       worker_init_fn=_leave_signals_to_the_parent)

@@ -7,13 +7,13 @@
 
 `model.encoder` keeps torchvision's parameter names (conv1, bn1, layer1..4; features), so that `encoder.` + name maps a
 classification checkpoint onto a model and back. In every network `logits == model.head(feat)`. There is no dropout.
-Weights that other projects published load too (common/published.py); `DeepLab.configure` takes the structure they need.
+Weights that other projects published load too (common/published.py): a `Structure` says where their networks differ.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -24,9 +24,7 @@ from torchvision import models
 from torchvision.models import vgg
 from torchvision.models.resnet import Bottleneck
 
-from common.cli import UserError
-from common.data import load_tensors
-from common.published import ConvertInput, Structure, Weights, recognise, unwrap
+from common.files import UserError
 
 # The weights of the papers' years; torchvision's later IMAGENET1K_V2 come from a stronger training recipe.
 IMAGENET = {
@@ -35,6 +33,20 @@ IMAGENET = {
     "resnet18": models.ResNet18_Weights.IMAGENET1K_V1,
     "vgg16": models.VGG16_Weights.IMAGENET1K_V1,
 }
+
+FREEZE_BN = ("all", "encoder", "affine", "none")
+
+
+@dataclass(frozen=True)
+class Structure:
+    """Where networks with the same weights differ; the defaults are this project's own."""
+
+    stride_first: bool = False     # a bottleneck's stride is on its first 1x1 convolution, as in Caffe, not on its 3x3
+    dilate_first: bool = False     # v2: the first blocks of layer3 and layer4 dilate by 2 and 4, as the others, not by 1 and 2
+    ceil_mode: bool = False        # the max pooling rounds its size up
+    branches: int = 4              # v2: how many dilated convolutions the head sums
+    bn_eps: float = 1e-5           # of the encoder's batch norms
+    input: str = "imagenet"        # what the images are turned into, a key of published.INPUTS
 
 
 def upsample(logits: Tensor, size: tuple[int, int]) -> Tensor:
@@ -57,7 +69,7 @@ def dilate(layer: nn.Sequential, first: int, dilations: Sequence[int]) -> None:
 
     Works on Bottleneck and on BasicBlock, which torchvision's replace_stride_with_dilation refuses. With dilations
     twice `first` (the dilation of the convolution that carried the stride), every second output is what the strided
-    layer would compute. `dilations` holds one number a block, for its other 3x3 convolutions.
+    layer would compute. `dilations` holds one number per block, for its other 3x3 convolutions.
     """
     for block, dilation in zip(layer, dilations):
         for conv in block.modules():
@@ -79,6 +91,16 @@ def resnet_features(encoder: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
     """Outputs of layer1 (stride 4) and of layer4."""
     low = encoder.layer1(encoder.maxpool(encoder.relu(encoder.bn1(encoder.conv1(x)))))
     return low, encoder.layer4(encoder.layer3(encoder.layer2(low)))
+
+
+def adapt(encoder: nn.Module, structure: Structure) -> None:
+    """Give a dilated ResNet the pooling, batch norm and strides of `structure`, in place."""
+    encoder.maxpool.ceil_mode = structure.ceil_mode
+    for m in encoder.modules():
+        if isinstance(m, _BatchNorm):
+            m.eps = structure.bn_eps
+        if isinstance(m, Bottleneck) and structure.stride_first:
+            m.conv1.stride, m.conv2.stride = m.conv2.stride, m.conv1.stride
 
 
 def vgg16_encoder() -> nn.Module:
@@ -103,12 +125,19 @@ def init_convs(module: nn.Module) -> nn.Module:
 
 
 class BatchNorm(nn.BatchNorm2d):
-    """Batch norm that uses its running statistics where it sees one value a channel, instead of raising."""
+    """Batch norm that uses and keeps its running statistics where it sees one or two values per channel, as that of image
+    pooling does at batch 1 or 2 (per process). Two values normalised by their own statistics give little but the sign of
+    their difference, and the loss a curvature that is 40 times higher."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.numel() == x.shape[1]:
+        if x.numel() <= 2 * x.shape[1]:
             return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
         return super().forward(x)
+
+
+def batch_norms(module: nn.Module) -> list[nn.Module]:
+    """All batch norms in a module."""
+    return [m for m in module.modules() if isinstance(m, _BatchNorm)]
 
 
 def conv_bn_relu(in_channels: int, out_channels: int, kernel: int = 1, dilation: int = 1) -> nn.Sequential:
@@ -118,24 +147,17 @@ def conv_bn_relu(in_channels: int, out_channels: int, kernel: int = 1, dilation:
 
 
 class SummedASPP(nn.Module):
-    """v2's classifier: 3x3 convolutions with dilations 6, 12, 18 and 24, summed. (N, D, h, w) -> (N, K, h, w)."""
+    """v2's classifier: 3x3 convolutions with dilations 6, 12, 18 and 24, or the first of them, summed.
 
-    def __init__(self, in_channels: int, num_classes: int) -> None:
+    forward: (N, D, h, w) -> (N, K, h, w)."""
+
+    def __init__(self, in_channels: int, num_classes: int, branches: int = 4) -> None:
         super().__init__()
-        self.shape = in_channels, num_classes
-        self.branches = nn.ModuleList()
-        self.resize(4)
-
-    def resize(self, count: int) -> None:
-        """Have the first `count` of the four branches: others are removed, those that come anew are random."""
-        like = next(((p.device, p.dtype) for p in self.parameters()), (None, None))
-        new = [nn.Conv2d(*self.shape, 3, padding=d, dilation=d, device=like[0], dtype=like[1])
-               for d in (6, 12, 18, 24)[len(self.branches): count]]
-        for conv in new:
+        self.branches = nn.ModuleList(nn.Conv2d(in_channels, num_classes, 3, padding=d, dilation=d)
+                                      for d in (6, 12, 18, 24)[:branches])
+        for conv in self.branches:
             nn.init.normal_(conv.weight, 0, 0.01)
             nn.init.zeros_(conv.bias)
-            self.branches.append(conv)
-        del self.branches[count:]
 
     def forward(self, feat: Tensor) -> Tensor:
         first, *others = self.branches
@@ -172,53 +194,36 @@ class DeepLab(nn.Module):
         feat = self.features(self.prepare(x))
         return feat, at_least_float32(self.head(feat))              # (N, D, h, w), (N, K, h, w)
 
-    def __init__(self, backbone: str, num_classes: int, feat_channels: int) -> None:
+    def __init__(self, backbone: str, num_classes: int, feat_channels: int, structure: Structure) -> None:
         super().__init__()
+        check_choice(self.network, backbone)
         self.backbone, self.num_classes, self.feat_channels = backbone, num_classes, feat_channels
-        self.frozen_bn, self.filled = "none", False                 # filled: a file gave every weight, the head's too
-        self.structure, self.prepare = Structure(), nn.Identity()   # prepare: the input, see `configure`
-
-    def configure(self, structure: Structure) -> None:
-        """Take the structure that weights of another project need, in place, before an optimizer is made. `Structure()` is
-        what `__init__` builds; nothing here changes the names of weights, but the number of the head's branches."""
-        self.structure = structure
+        self.structure, self.frozen_bn, self.filled = structure, "none", False    # filled: a file gave every weight
         self.prepare = nn.Identity()
         if structure.input != "imagenet":
-            self.prepare = ConvertInput(structure.input).to(next(self.parameters()))
-        if isinstance(self.encoder, models.ResNet):
-            self.encoder.maxpool.ceil_mode = structure.ceil_mode
-        for m in self.encoder.modules():
-            if isinstance(m, _BatchNorm):
-                m.eps = structure.bn_eps
-            if isinstance(m, Bottleneck):
-                strides = (1, 1), max(m.conv1.stride, m.conv2.stride)
-                m.conv1.stride, m.conv2.stride = reversed(strides) if structure.stride_first else strides
+            from common import published  # only weights of other projects need it
+            self.prepare = published.ConvertInput(structure.input)
 
     def freeze_bn(self, which: str) -> None:
         """Freeze the batch norms of "all" modules, of the "encoder", or of "none" (which thaws them).
 
         Frozen means, also after `model.train()`, that the running statistics are used and kept and that the affine
-        parameters get no gradient. Call it before `parameter_groups`. Raises ValueError for another word.
+        parameters get no gradient. "affine" freezes only the affine parameters of the encoder's: batch statistics are used,
+        running statistics updated. Call it before `parameter_groups`. Raises ValueError for another word.
         """
-        if which not in ("all", "encoder", "none"):
-            raise ValueError(f"freeze_bn must be all, encoder or none, not {which!r}")
+        if which not in FREEZE_BN:
+            raise ValueError(f"freeze_bn must be one of {', '.join(FREEZE_BN)}, not {which!r}")
         self.frozen_bn = which
-        for m in self.modules():
-            if isinstance(m, _BatchNorm):
-                m.requires_grad_(True)
-        for m in self._frozen():
-            m.requires_grad_(False)
+        fixed = batch_norms({"all": self, "none": nn.Identity()}.get(which, self.encoder))
+        for m in batch_norms(self):
+            m.requires_grad_(m not in fixed)
         self.train(self.training)
 
     def train(self, mode: bool = True) -> DeepLab:
         super().train(mode)
-        for m in self._frozen():
+        for m in batch_norms({"all": self, "encoder": self.encoder}.get(self.frozen_bn, nn.Identity())):
             m.eval()
         return self
-
-    def _frozen(self) -> list[nn.Module]:
-        root = {"all": self, "encoder": self.encoder, "none": nn.Identity()}[self.frozen_bn]
-        return [m for m in root.modules() if isinstance(m, _BatchNorm)]
 
     def parameter_groups(self, lr: float, encoder_rate: float = 1.0) -> list[dict]:
         """Groups for an optimizer, trainable parameters only: the encoder at encoder_rate * lr, v2's head at 10 * lr, the
@@ -240,26 +245,19 @@ class DeepLabV2(DeepLab):
 
     network, head_rate = "v2", 10
 
-    def __init__(self, backbone: str = "resnet101", num_classes: int = 19) -> None:
-        check_choice(self.network, backbone)
-        super().__init__(backbone, num_classes, {"vgg16": 1024, "resnet18": 512}.get(backbone, 2048))
+    def __init__(self, backbone: str = "resnet101", num_classes: int = 19, structure: Structure = Structure()) -> None:  # noqa: B008
+        super().__init__(backbone, num_classes, {"vgg16": 1024, "resnet18": 512}.get(backbone, 2048), structure)
         if backbone == "vgg16":
             self.encoder = vgg16_encoder()
             self.fc6 = init_convs(nn.Conv2d(512, 1024, 3, padding=4, dilation=4))
             self.fc7 = init_convs(nn.Conv2d(1024, 1024, 3, padding=4, dilation=4))
         else:
             self.encoder = resnet_encoder(backbone)
-            dilate(self.encoder.layer3, 1, [2] * len(self.encoder.layer3))
-            dilate(self.encoder.layer4, 2, [4] * len(self.encoder.layer4))
-        self.head = SummedASPP(self.feat_channels, num_classes)
-
-    def configure(self, structure: Structure) -> None:
-        super().configure(structure)
-        self.head.resize(structure.branches)
-        if isinstance(self.encoder, models.ResNet) and isinstance(self.encoder.layer3[0], Bottleneck):
-            for layer, d in (self.encoder.layer3, 2), (self.encoder.layer4, 4):
-                conv, d = layer[0].conv2, d if structure.dilate_first else d // 2
-                conv.dilation = conv.padding = (d, d)
+            first = 2 if structure.dilate_first else 1
+            dilate(self.encoder.layer3, first, [2] * len(self.encoder.layer3))
+            dilate(self.encoder.layer4, 2 * first, [4] * len(self.encoder.layer4))
+            adapt(self.encoder, structure)
+        self.head = SummedASPP(self.feat_channels, num_classes, structure.branches)
 
     def features(self, x: Tensor) -> Tensor:
         if self.backbone == "vgg16":
@@ -276,11 +274,11 @@ class DeepLabV3Plus(DeepLab):
 
     network = "v3+"
 
-    def __init__(self, backbone: str = "resnet101", num_classes: int = 19) -> None:
-        check_choice(self.network, backbone)
-        super().__init__(backbone, num_classes, feat_channels=256)
+    def __init__(self, backbone: str = "resnet101", num_classes: int = 19, structure: Structure = Structure()) -> None:  # noqa: B008
+        super().__init__(backbone, num_classes, 256, structure)
         self.encoder = resnet_encoder(backbone)
         dilate(self.encoder.layer4, 2, (2, 4, 8))                   # ResNet-18 has two blocks: 2, 4
+        adapt(self.encoder, structure)
         low, high = (64, 512) if backbone == "resnet18" else (256, 2048)
         self.aspp = ASPP(high)
         self.low = conv_bn_relu(low, 48)
@@ -306,108 +304,40 @@ def check_choice(network: str, backbone: str) -> None:
         raise UserError("there is no DeepLab v3+ on vgg16: choose a resnet backbone, or network v2")
 
 
-def build_model(network: str, backbone: str, num_classes: int, init: str = "imagenet", freeze_bn: str = "auto",
-                partial_init: bool = False, branches: int | None = None) -> DeepLab:
+def make_network(network: str, backbone: str, num_classes: int, structure: Structure = Structure()) -> DeepLab:  # noqa: B008
+    """"v2" or "v3+" with random weights. Raises: UserError for an unknown choice."""
+    check_choice(network, backbone)
+    return (DeepLabV2 if network == "v2" else DeepLabV3Plus)(backbone, num_classes, structure)
+
+
+def build_model(network: str, backbone: str, num_classes: int, init: str = "imagenet", freeze_bn: str = "encoder",
+                partial_init: bool = False, branches: int | None = None, input: str | None = None, flag: str = "--init"
+                ) -> DeepLab:
     """A network with its initial weights, and its batch norms frozen as asked.
 
     Args:
         network: "v2" or "v3+".
         backbone: "resnet101", "resnet50", "resnet18" or, for v2, "vgg16".
         num_classes: K, channels of the logits.
-        init: "imagenet", "none" (random) or the path of a state dict or checkpoint; see `load_weights`.
-        freeze_bn: "all", "encoder", "none", or "auto": "none" where init is "none", else "encoder".
-        partial_init: accept a file that does not fill the encoder or whose head has another class count.
-        branches: how many branches the head of a Caffe-style file sums; None: see published.summed_branches.
-    Raises: UserError for an unknown choice and for weights that cannot be had, cannot be read or do not fit.
+        init: "imagenet", "none" (random) or the path of a state dict or checkpoint, see published.load_model.
+        freeze_bn: see `DeepLab.freeze_bn`.
+        partial_init, branches, input, flag: for a file, see published.load_model.
+    Raises: UserError for an unknown choice and for weights that are unavailable, cannot be read or do not fit.
     """
-    check_choice(network, backbone)
-    if freeze_bn not in ("auto", "all", "encoder", "none"):
-        raise UserError(f"unknown freeze-bn {freeze_bn!r}: choose one of auto, all, encoder, none")
-    model = (DeepLabV2 if network == "v2" else DeepLabV3Plus)(backbone, num_classes)
-    load_weights(model, init, partial_init, branches)
-    model.freeze_bn({"auto": "none" if init == "none" else "encoder"}.get(freeze_bn, freeze_bn))
+    if init in ("imagenet", "none"):
+        model = make_network(network, backbone, num_classes)
+        if init == "imagenet":
+            model.encoder.load_state_dict({key: value for key, value in imagenet_weights(backbone).items()
+                                           if not key.startswith(("fc.", "classifier."))})
+    else:
+        from common import published  # only a file needs it
+        model = published.load_model(network, backbone, num_classes, init, partial_init, branches, input, flag)
+    model.freeze_bn(freeze_bn)
     return model
 
 
-def load_weights(model: DeepLab, init: str | Path, partial: bool = False, branches: int | None = None,
-                 flag: str = "--init") -> str:
-    """Load weights into `model` in place, print what matched, and return the printed line.
-
-    A file holds torchvision's names (its classifier is left out), this project's names, a checkpoint of this project, an
-    export, or a checkpoint of a family in common/published.py, whose structure the model then takes. The counts leave out
-    num_batches_tracked, which frozen batch norms need not have.
-
-    Args:
-        model: unchanged where an error is raised.
-        init: "imagenet", "none" (nothing is done) or a path.
-        partial: accept missing encoder keys and a head of another class count; what fits is loaded.
-        branches: as for `build_model`.
-        flag: gave the path, for messages.
-    Raises: UserError naming the file and the way out.
-    """
-    if init == "none":
-        return "--init none: random weights"
-    where = f"{flag} {init}"
-    content = imagenet_weights(model.backbone) if init == "imagenet" else read_file(init, flag)
-    weights = recognise(content, where, init, branches)
-    if weights.network not in ("", model.network):
-        scripts = {"v2": "fada.py and sim.py", "v3+": "bismap.py, c2f.py and cag.py"}[weights.network]
-        raise UserError(f"{where} is {weights.family}, but this script's network is DeepLab {model.network}: the file is for "
-                        f"{scripts}")
-    with torch.device("meta"):                                      # the model's names and shapes in the file's structure
-        wanted = type(model)(model.backbone, model.num_classes)
-        wanted.configure(weights.structure)
-    own, named = wanted.state_dict(), weights.state
-    if not partial:
-        check_fit(own, weights, model, where)
-
-    fitting = {k: v for k, v in named.items() if k in own and v.shape == own[k].shape}
-    counted = [k for k in own if not k.endswith("num_batches_tracked")]
-    missing = [k for k in counted if k not in fitting]
-    encoder = [k for k in missing if k.startswith("encoder.")]
-    unexpected = [k for k in named if k not in own and not k.endswith("num_batches_tracked")]
-    model.configure(weights.structure)
-    model.load_state_dict(fitting, strict=False)
-    model.filled = not missing
-    summary = (
-        f"{where}: {weights.description}{len(counted) - len(missing)} keys matched, {len(missing)} missing ({len(encoder)} "
-        f"of the encoder), {len(unexpected)} unexpected, {weights.classifier} of a classifier left out")
-    print(summary)
-    return summary
-
-
-def check_fit(own: dict[str, Tensor], weights: Weights, model: DeepLab, where: str) -> None:
-    """UserError unless the weights fill the encoder with nothing left over and the head, if they have one, has its shape.
-
-    Of a file in torchvision's or this project's names, a head may be absent and other names are only counted.
-    """
-    named, file_name = weights.state, weights.names
-    missing = [k for k in own if not k.endswith("num_batches_tracked") and (k not in named or named[k].shape != own[k].shape)]
-    encoder = [k for k in missing if k.startswith("encoder.")]
-    if encoder:
-        first = ", ".join([file_name.get(k, k) for k in named][:3])
-        raise UserError(
-            f"{where} lacks {len(encoder)} encoder keys of {model.backbone}, or has them in another shape "
-            f"({', '.join(encoder[:3])}, ...; its first names are {first}); give weights of this backbone, or --partial-init "
-            "to load what fits")
-    more = [file_name[k] for k in named if k.startswith("encoder.") and k not in own] if weights.family else []
-    more = [k for k in more if not k.endswith("num_batches_tracked")]
-    if more:
-        raise UserError(f"{where} has {len(more)} encoder keys more than {model.backbone} ({', '.join(more[:3])}, ...); give "
-                        "the --backbone that it was trained with, or --partial-init to load what fits")
-    misfit = [k for k in missing if k in named]
-    if misfit:
-        key = misfit[0]
-        raise UserError(
-            f"{where} has {file_name.get(key, key)} of shape {tuple(named[key].shape)}, but with {model.num_classes} classes "
-            f"it is {tuple(own[key].shape)}; give weights of this class count, or --partial-init for a new head")
-    if missing and weights.family and any(k.startswith("head.") for k in named):
-        raise UserError(f"{where} is {weights.family}, but lacks {len(missing)} of its keys (here {', '.join(missing[:3])}, "
-                        "...): it was cut or changed; give the whole file, or --partial-init to load what fits")
-
-
 def imagenet_weights(backbone: str) -> dict:
-    """torchvision's ImageNet state dict, from its cache or its download; UserError where neither is to be had."""
+    """torchvision's ImageNet state dict, from its cache or its download; UserError where neither is available."""
     weights = IMAGENET[backbone]
     file = Path(torch.hub.get_dir(), "checkpoints", weights.url.rsplit("/", 1)[-1])
     try:
@@ -418,25 +348,3 @@ def imagenet_weights(backbone: str) -> dict:
         raise UserError(
             f"ImageNet weights {file.name} in {file.parent}: the file {why} ({cause}); put it there, or give --init "
             "PATH (a file) or --init none (random weights)") from error
-
-
-def read_file(path: str | Path, flag: str = "--init"):
-    """What a file holds that torch.save wrote, read without running code from it. A UserError otherwise, in which `flag`
-    named the file."""
-    try:
-        return load_tensors(path)
-    except OSError as error:
-        raise UserError(f"{flag} {path} cannot be read ({error.strerror}); give another path") from error
-    except Exception as error:    # a damaged file raises almost anything, and torch's own text advises unsafe loading
-        refused = re.search(r"GLOBAL (\S+)", str(error))            # the function or class that the file wanted
-        raise UserError(
-            f"{flag} {path} is no readable checkpoint ({refused[1] if refused else type(error).__name__}): it is truncated, of "
-            "another format, or holds more than tensors and plain values; give a state dict written by torch.save") from error
-
-
-def read_weights(path: str | Path, flag: str = "--init") -> dict:
-    """The state dict in a file, see `published.unwrap`. Raises: UserError as `read_file`, and where there is none."""
-    found, _ = unwrap(read_file(path, flag))
-    if not found:
-        raise UserError(f"{flag} {path} holds no state dict; give one, or a checkpoint whose entry \"model\" is one")
-    return found

@@ -3,26 +3,31 @@
     family                       recognised by                                   what its structure differs in
     AdaptSegNet, SIM, ADVENT     layer6.conv2d_list (layer5: an unused head)     Caffe's ResNet, BGR; two or four branches
     BDL, FDA                     layer5.conv2d_list                              Caffe's ResNet, BGR
-    FADA                         feature_extractor and classifier                frozen batch norm without eps
+    FADA                         feature_extractor and classifier                frozen batch norm without eps; VGG-16: BGR
     CAG                          decoder.last_conv.8                             RGB in [0, 1], not normalised
     BiSMAP                       decoder.last_conv.7                             nothing
     exports of this project      classifier.head, and a JSON file beside it      as the JSON file says
 
-Nothing here builds a network: `recognise` says what a file holds, and `DeepLab.configure` takes its structure.
+`recognise` says what a file holds, and `load_model` builds the network in the structure that its weights need.
+What the names do not tell, such as the input of Caffe's VGG-16 under torchvision's names, `--input` says.
 """
 
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, field, fields
+import zipfile
+from collections import OrderedDict
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from common.cli import UserError
 from common.data import IMAGENET_MEAN, IMAGENET_STD
+from common.deeplab import DeepLab, Structure, make_network
+from common.files import UserError, load, write_atomically, write_json
 
 
 class Input(NamedTuple):
@@ -34,52 +39,75 @@ class Input(NamedTuple):
     std: tuple[float, ...]
 
 
+CAFFE_MEAN = (104.00698793, 116.66876762, 122.67891434)        # BGR; VGG-16's authors have 103.939, 116.779, 123.68
 INPUTS = {
     "imagenet": Input("RGB", 1.0, IMAGENET_MEAN, IMAGENET_STD),
     "rgb": Input("RGB", 1.0, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)),
-    "bgr": Input("BGR", 255.0, (104.00698793, 116.66876762, 122.67891434), (1.0, 1.0, 1.0)),
+    "rgb255": Input("RGB", 255.0, CAFFE_MEAN[::-1], (1.0, 1.0, 1.0)),
+    "bgr255": Input("BGR", 255.0, CAFFE_MEAN, (1.0, 1.0, 1.0)),
 }
 
 
-@dataclass(frozen=True)
-class Structure:
-    """Where networks with the same weights differ; the defaults are this project's own."""
-
-    stride_first: bool = False     # a bottleneck's stride is on its first 1x1 convolution, as in Caffe, not on its 3x3
-    dilate_first: bool = False     # v2: the first blocks of layer3 and layer4 dilate by 2 and 4, as the others, not by 1 and 2
-    ceil_mode: bool = False        # the max pooling rounds its size up
-    branches: int = 4              # v2: how many dilated convolutions the head sums
-    bn_eps: float = 1e-5           # of the encoder's batch norms
-    input: str = "imagenet"        # what the images are turned into, a key of INPUTS
-
-    @staticmethod
-    def read(values: dict | None, where: str | Path) -> Structure:
-        """From what `asdict` gave; None is the default. Raises: UserError naming the file if it is something else."""
-        try:
-            structure = Structure(**(values or {}))
-            for entry in fields(Structure):
-                value, default = getattr(structure, entry.name), entry.default
-                if type(value) is not type(default):
-                    raise ValueError(entry.name)
-            if structure.input not in INPUTS or structure.branches not in (2, 4) or not 0 <= structure.bn_eps < 1:
-                raise ValueError("value")
-        except (TypeError, ValueError) as error:
-            raise UserError(f"{where} asks for a structure that this version does not know ({values}); it is damaged or from "
-                            "another version") from error
-        return structure
-
-    def __str__(self) -> str:
-        parts = ["stride on the 1x1 convolutions"] * self.stride_first
-        parts += ["dilation from the first block"] * self.dilate_first
-        parts += ["pooling rounded up"] * self.ceil_mode
-        parts += [f"a head of {self.branches} branches"] * (self.branches != 4)
-        parts += [f"batch norm eps {self.bn_eps:g}"] * (self.bn_eps != 1e-5)
-        expected = INPUTS[self.input]
-        known = {"imagenet": "ImageNet's mean and std", "rgb": "in [0, 1]", "bgr": "0-255 minus Caffe's mean"}
-        return ", ".join([*parts, f"input {expected.channels} {known[self.input]}"])
+def read_structure(values: dict | None, where: str | Path) -> Structure:
+    """From what `asdict` gave; None is the default. Raises: UserError naming the file if it is something else."""
+    try:
+        structure = Structure(**(values or {}))
+        if structure.input == "bgr":                                       # the name in files of earlier versions
+            structure = replace(structure, input="bgr255")
+        for entry in fields(Structure):
+            if type(getattr(structure, entry.name)) is not type(entry.default):
+                raise ValueError(entry.name)
+        if structure.input not in INPUTS or structure.branches not in (2, 4) or not 0 <= structure.bn_eps < 1:
+            raise ValueError("value")
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{where} asks for a structure that this version does not know ({values}); it is damaged or from "
+                        "another version") from error
+    return structure
 
 
-CAFFE = Structure(stride_first=True, dilate_first=True, ceil_mode=True, input="bgr")
+def describe(structure: Structure) -> str:
+    """What is not this project's own, and the input."""
+    parts = ["stride on the 1x1 convolutions"] * structure.stride_first
+    parts += ["dilation from the first block"] * structure.dilate_first
+    parts += ["pooling rounded up"] * structure.ceil_mode
+    parts += [f"a head of {structure.branches} branches"] * (structure.branches != 4)
+    parts += [f"batch norm eps {structure.bn_eps:g}"] * (structure.bn_eps != 1e-5)
+    values = {"imagenet": "ImageNet's mean and std", "rgb": "in [0, 1]"}.get(structure.input, "0-255 minus Caffe's mean")
+    return ", ".join([*parts, f"input {INPUTS[structure.input].channels} {values}"])
+
+
+CAFFE = Structure(stride_first=True, dilate_first=True, ceil_mode=True, input="bgr255")
+
+
+# Files of other projects hold NumPy arrays (CAG's anchors) and scalars (scores) too. These functions only rebuild arrays and
+# numbers of the kinds listed. NumPy 2 renamed their module, files have both names.
+NUMPY_VALUES = [
+    np.ndarray, np.dtype, *map(type, map(np.dtype, (np.float64, np.float32, np.int64, np.int32, np.bool_))),
+    *((function, f"{module}.multiarray.{function.__name__}") for module in ("numpy.core", "numpy._core")
+      for function in (np.empty(0).__reduce__()[0], np.float64(0).__reduce__()[0])),
+]
+
+
+class Stub:
+    """What `load_foreign` makes of every class and function that it does not know: called or built, an empty dict, into which
+    the file may put plain values. The name in the file is only compared with a list; nothing is imported."""
+
+    def __new__(cls, *args, **kwargs):
+        return OrderedDict()
+
+
+def load_foreign(path: str | Path, flag: str = "--init"):
+    """`files.load` for a file of another project, which may hold its authors' objects beside the weights (BiSMAP's settings, a
+    scheduler, an optimizer): they become stubs. As there, no code of the file runs. `flag` names the file, for messages."""
+    unknown: list[str] = []
+    try:
+        if zipfile.is_zipfile(path):                                       # as torch.save writes since 1.6
+            with torch.serialization.safe_globals(NUMPY_VALUES):
+                unknown = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+    except Exception:                                                      # damaged: `load` says so
+        pass
+    with torch.serialization.safe_globals([*NUMPY_VALUES, *((Stub, name) for name in unknown)]):
+        return load(path, f"{flag} file", "give a state dict written by torch.save")
 
 
 class ConvertInput(nn.Module):
@@ -118,8 +146,8 @@ class Weights:
 
     @property
     def description(self) -> str:
-        """For the printed line: family, structure, what was left out."""
-        return "".join(f"{part}; " for part in (self.family, self.structure, *self.left_out)) if self.family else ""
+        """For the printed line: family, structure and input, what was left out."""
+        return "".join(f"{part}; " for part in (self.family, describe(self.structure), *self.left_out) if part)
 
 
 # Entries in which the state dict is wrapped: by this project (state, model), by CAG and BiSMAP (named by the class), by others.
@@ -127,6 +155,10 @@ WRAPPERS = ("state", "model", "state_dict", "model_state", "model_state_dict", "
 
 RESNET = ("conv1.", "bn1.", "layer1.", "layer2.", "layer3.", "layer4.")
 FADA = {"backbone.": "encoder.", "classifier.conv2d_list.": "head.branches."}
+# A plain list of layers without pool4, so that the layers of conv5 stand one place lower than torchvision's; then fc6 and fc7.
+FADA_VGG = {**{f"backbone.{k}.": f"encoder.features.{k}." for k in range(23)},
+            **{f"backbone.{k}.": f"encoder.features.{k + 1}." for k in range(23, 29)},
+            "backbone.29.": "fc6.", "backbone.31.": "fc7.", "classifier.conv2d_list.": "head.branches."}
 V3PLUS = {
     "backbone.": "encoder.",
     **{f"aspp.aspp{k + 1}.atrous_conv.": f"aspp.branches.{k}.0." for k in range(4)},
@@ -186,10 +218,10 @@ def recognise(content, where: str, path: str | Path | None = None, branches: int
     if has("encoder."):                                                    # this project's names
         structures = content.get("structure")
         structure = structures.get("model") if isinstance(structures, dict) else None
-        return Weights(found, structure=Structure.read(structure, where))
+        return Weights(found, structure=read_structure(structure, where))
     if has("backbone.", "classifier.head."):
         side = read_side_file(path, where)
-        return Weights(*rename(found, EXPORTED)[:2], Structure.read(side["structure"], where),
+        return Weights(*rename(found, EXPORTED)[:2], read_structure(side["structure"], where),
                        f"an export of this project, DeepLab {side['network']}", side["network"])
     from_caffe = has("Scale.")                                             # initial weights that were converted from Caffe
     found = strip(found, "Scale.")
@@ -204,6 +236,8 @@ def recognise(content, where: str, path: str | Path | None = None, branches: int
         # Its frozen batch norm, which has no counter, divides by the root of the variance as it is.
         counted = any(key.endswith("num_batches_tracked") for key in found)
         return published(found, FADA, Structure() if counted else Structure(bn_eps=0.0), "FADA", "v2", beside)
+    if has("backbone.0.", "backbone.31.", "classifier.conv2d_list."):
+        return published(found, FADA_VGG, Structure(input="bgr255"), "FADA, VGG-16", "v2", beside)
     if any(map(has, (*RESNET, "features."))):                              # torchvision's names
         state = {f"encoder.{key}": value for key, value in found.items() if not key.startswith(("fc.", "classifier."))}
         return Weights(state, {key: key.removeprefix("encoder.") for key in state}, classifier=len(found) - len(state))
@@ -278,21 +312,113 @@ def summed_branches(state: dict[str, Tensor]) -> tuple[int, str]:
     return 4, "as ADVENT's, BDL's and FDA's; --branches 2 for AdaptSegNet's and SIM's"
 
 
+def load_model(network: str, backbone: str, num_classes: int, path: str | Path, partial: bool = False,
+               branches: int | None = None, input: str | None = None, flag: str = "--init") -> DeepLab:
+    """The network whose weights a file holds, in the structure that they need. Prints what matched.
+
+    A file holds torchvision's names (its classifier is left out), this project's names, a checkpoint of this project, an
+    export, or a checkpoint of a family in the table above. The counts leave out num_batches_tracked, which frozen batch norms
+    need not have.
+
+    Args:
+        network, backbone, num_classes: as for `deeplab.build_model`.
+        partial: accept missing encoder keys and a head of another class count; what fits is loaded.
+        branches: how many branches the head of a Caffe-style file sums; None: decide by `summed_branches`.
+        input: what the network expects, a key of INPUTS; None: as recognised.
+        flag: gave the path, for messages.
+    Returns: the network; `filled` says whether the file gave every weight, the head's too.
+    Raises: UserError naming the file and the way out.
+    """
+    where = f"{flag} {path}"
+    weights = recognise(load_foreign(path, flag), where, path, branches)
+    if weights.network not in ("", network):
+        scripts = {"v2": "fada.py and sim.py", "v3+": "bismap.py, c2f.py and cag.py"}[weights.network]
+        raise UserError(f"{where} is {weights.family}, but this script's network is DeepLab {network}: it is for {scripts}")
+    if input is not None:
+        weights.structure = replace(weights.structure, input=input)
+    model = make_network(network, backbone, num_classes, weights.structure)
+    if not partial:
+        check_fit(weights, model, where)
+    own, named = model.state_dict(), weights.state
+    fitting = {k: v for k, v in named.items() if k in own and v.shape == own[k].shape}
+    counted = [k for k in own if not k.endswith("num_batches_tracked")]
+    missing = [k for k in counted if k not in fitting]
+    encoder = [k for k in missing if k.startswith("encoder.")]
+    unexpected = [k for k in named if k not in own and not k.endswith("num_batches_tracked")]
+    model.load_state_dict(fitting, strict=False)
+    model.filled = not missing
+    print(f"{where}: {weights.description}{len(counted) - len(missing)} keys matched, {len(missing)} missing ({len(encoder)} "
+          f"of the encoder), {len(unexpected)} unexpected, {weights.classifier} of a classifier left out")
+    return model
+
+
+def check_fit(weights: Weights, model: DeepLab, where: str) -> None:
+    """UserError unless the weights fill the encoder with nothing left over and the head, if they have one, has its shape.
+
+    Of a file in torchvision's or this project's names, a head may be absent and other names are only counted.
+    """
+    own, named, file_name = model.state_dict(), weights.state, weights.names
+    missing = [k for k in own if not k.endswith("num_batches_tracked") and (k not in named or named[k].shape != own[k].shape)]
+    encoder = [k for k in missing if k.startswith("encoder.")]
+    if encoder:
+        first = ", ".join([file_name.get(k, k) for k in named][:3])
+        raise UserError(
+            f"{where} lacks {len(encoder)} encoder keys of {model.backbone}, or has them in another shape "
+            f"({', '.join(encoder[:3])}, ...; its first names are {first}); give weights of this backbone, or --partial-init "
+            "to load what fits")
+    more = [file_name[k] for k in named if k.startswith("encoder.") and k not in own] if weights.family else []
+    more = [k for k in more if not k.endswith("num_batches_tracked")]
+    if more:
+        raise UserError(f"{where} has {len(more)} encoder keys more than {model.backbone} ({', '.join(more[:3])}, ...); give "
+                        "the --backbone that it was trained with, or --partial-init to load what fits")
+    misfit = [k for k in missing if k in named]
+    if misfit:
+        key = misfit[0]
+        raise UserError(
+            f"{where} has {file_name.get(key, key)} of shape {tuple(named[key].shape)}, but with {model.num_classes} classes "
+            f"it is {tuple(own[key].shape)}; give weights of this class count, or --partial-init for a new head")
+    if missing and weights.family and any(k.startswith("head.") for k in named):
+        raise UserError(f"{where} is {weights.family}, but lacks {len(missing)} of its keys (here {', '.join(missing[:3])}, "
+                        "...): it was cut or changed; give the whole file, or --partial-init to load what fits")
+
+
+def read_checkpoint(path: str | Path, first_stage: str, branches: int | None) -> dict:
+    """What `--from` holds: a checkpoint of this project; a trained network that others published counts as a model that has
+    finished the first stage. Raises: UserError for another file."""
+    content = load_foreign(path, "--from")
+    if isinstance(content, dict) and isinstance(content.get("state"), dict) and "stage" in content:
+        return content
+    if not recognise(content, f"--from {path}", path, branches).family:
+        raise UserError(f"--from {path} is neither a checkpoint of this project nor a trained network of a family that is "
+                        "known here; initial weights load by --init")
+    return {"stage": first_stage}
+
+
+def read_weights(path: str | Path, flag: str = "--init") -> dict:
+    """The state dict in a file, see `unwrap`. Raises: UserError where there is none."""
+    found, _ = unwrap(load_foreign(path, flag))
+    if not found:
+        raise UserError(f"{flag} {path} holds no state dict; give one, or a checkpoint whose entry \"model\" is one")
+    return found
+
+
 # ------------------------------------------------------------------------------------------------------- exports
 
 
-def export(path: str | Path, model: nn.Module, classes: tuple[str, ...]) -> tuple[dict[str, Tensor], dict]:
-    """What `--export` writes: a plain state dict, and the content of the JSON file beside it.
+def export(path: Path, model: nn.Module, classes: tuple[str, ...]) -> None:
+    """Write a plain state dict, and beside it a JSON file that says how the network is built.
 
     The names are those of torchvision's segmentation networks: `backbone.` + torchvision's own, and `classifier.` + the rest.
     """
     state = {f"backbone.{key.removeprefix('encoder.')}" if key.startswith("encoder.") else f"classifier.{key}": value
              for key, value in model.state_dict().items()}
-    expected = INPUTS[model.structure.input]
-    return state, {"file": Path(path).name, "network": model.network, "backbone": model.backbone, "classes": list(classes),
-                   "structure": asdict(model.structure),
-                   "preprocessing": {"how": "(range * pixel - mean) / std, pixels in [0, 1], channels in this order",
-                                     **expected._asdict()}}
+    write_atomically(path, lambda file: torch.save(state, file))
+    write_json(side_file(path), {
+        "file": path.name, "network": model.network, "backbone": model.backbone, "classes": list(classes),
+        "structure": asdict(model.structure),
+        "preprocessing": {"how": "(range * pixel - mean) / std, pixels in [0, 1], channels in this order",
+                          **INPUTS[model.structure.input]._asdict()}})
+    print(f"export: {path}, {side_file(path)}", flush=True)
 
 
 def side_file(path: str | Path) -> Path:

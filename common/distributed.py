@@ -1,0 +1,99 @@
+"""The device, and several processes under torchrun; with a single process these functions do nothing."""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+
+import torch
+from torch import Tensor, distributed, nn
+
+from common.files import UserError
+
+
+def join() -> tuple[int, int]:
+    """Under torchrun, join the other processes of the run. Returns: this one's rank, and how many there are."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not distributed.is_initialized():
+        distributed.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+        if distributed.get_rank():
+            sys.stdout = open(os.devnull, "w")                   # noqa: SIM115 (for the rest of the process): one speaks for all
+    return (distributed.get_rank() if several() else 0), world_size()
+
+
+def several() -> bool:
+    return distributed.is_available() and distributed.is_initialized()
+
+
+def world_size() -> int:
+    return distributed.get_world_size() if several() else 1
+
+
+def choose_device(name: str) -> torch.device:
+    """`auto` takes cuda, then mps, then cpu. Raises UserError for one that is unavailable."""
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    name = next(device for device in available if available[device]) if name == "auto" else name
+    if not available[name]:
+        raise UserError(f"--device {name} is not available on this machine; use --device auto or --device cpu")
+    if name == "cuda":
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    return torch.device(name)
+
+
+def sum_over_processes(*tensors: Tensor) -> None:
+    """Replace each tensor by its sum over all processes, in place."""
+    for tensor in tensors * several():
+        distributed.all_reduce(tensor)
+
+
+def gather_objects(own) -> list:
+    """What each process has, in the order of the processes."""
+    every = [own] * world_size()
+    if several():
+        distributed.all_gather_object(every, own)
+    return every
+
+
+def gather(x: Tensor) -> Tensor:
+    """(N, ..) of this process -> (world N, ..) of all, in the order of one process's batch; without a gradient."""
+    every = [torch.empty_like(x) for _ in range(world_size())] if several() else [x.detach()]
+    if several():
+        distributed.all_gather(every, x.detach().contiguous())
+    return torch.cat(every)
+
+
+def any_process(own) -> bool:
+    """Whether `own` is true in at least one process."""
+    count = torch.tensor(int(bool(own)))
+    sum_over_processes(count)
+    return bool(count)
+
+
+def barrier() -> None:
+    """Come back when all processes have come here."""
+    sum_over_processes(torch.zeros(1))
+
+
+def broadcast_buffers(*modules: nn.Module) -> None:
+    """Give every process the first one's buffers (batch norm that is not frozen sees other images in each)."""
+    for buffer in [buffer for module in modules for buffer in module.buffers()] * several():
+        distributed.broadcast(buffer, 0)
+
+
+def parallel(module: nn.Module) -> nn.Module:
+    """The module to call in a stage: DistributedDataParallel, which averages gradients; the module itself in one process."""
+    if not several():
+        return module
+    with warnings.catch_warnings():                              # its replacement is not in every torch that is supported
+        warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
+        return nn.parallel.DistributedDataParallel(module, broadcast_buffers=False)
+
+
+def labelled_mean(values: Tensor, mask: Tensor) -> Tensor:
+    """Mean of `values` where `mask` is true, over the pixels of all processes; exactly 0 where there are none.
+
+    DistributedDataParallel averages the processes' gradients, hence the factor world.
+    """
+    count = mask.sum()
+    sum_over_processes(count)
+    return (values * mask).sum() * world_size() / count.clamp(min=1)

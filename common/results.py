@@ -3,8 +3,8 @@
     python -m common.results fada --seeds 0 1 2 --name toy -- --toy
     python -m common.results fada --seeds 0 1 2 --name pair --jobs 2 -- --data PATH --init PATH --backbone resnet18 ...
 
-What stands behind `--` goes to every run. The rows are the script's own `RESULTS`: row -> (stage reported, flags); `{row}` in
-the flags is the run folder of another row with the same seed. Rows with the same flags are stages of one run. Runs that are
+What stands behind `--` goes to every run. The rows are those of `RESULTS`: row -> (stage reported, flags); `{row}` in the flags
+is the run folder of another row with the same seed. Rows with the same flags are stages of one run. Runs that are
 finished are not run again; interrupted ones resume. With --jobs N, N runs go side by side, each on its share of the cores.
 """
 
@@ -22,8 +22,66 @@ import sys
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from pathlib import Path
 
-from common.cli import UserError, command, parse
+from common.cli import command, parse
+from common.files import UserError
 from common.run import Options, run_folder
+
+_CAG = "--from {source only}/source.pt"
+_CAG_CONTROL = f"{_CAG} --lambda-adv 0 --lambda1 0 --lambda2 0"
+_ZERO = "--lambda-pseudo 0 --lambda-triplet 0 --lambda-consist 0"
+_C2F = "--from {coarse (GPA)}/step0.pt"
+_C2F_CONTROL = f"--from {{source only}}/step0.pt --alignment none {_ZERO}"
+_OFF = "--no-distill --no-stm --assign none --lambda-consist 0"
+_GPA = "--from {GPA baseline}/warmup.pt"
+RESULTS = {                                                  # script -> row -> (stage reported, flags of its run)
+    "fada": {
+        "source only": ("source", "--stage source"),
+        "source only, as long": ("adversarial", "--stage adversarial --from {source only}/source.pt --lambda-adv 0"),
+        "FADA": ("adversarial", "--stage adversarial --from {source only}/source.pt"),
+        "target only (upper bound)": ("source", "--stage source --target-labels"),
+    },
+    "cag": {
+        "source only": ("source", "--stage source"),
+        "source only, as long as warm-up": ("warmup", _CAG_CONTROL),
+        "warm-up": ("warmup", _CAG),
+        "source only, as long as stage 1": ("stage1", _CAG_CONTROL),
+        "stage 1": ("stage1", _CAG),
+        "source only, as long as stage 2": ("stage2", _CAG_CONTROL),
+        "stage 2": ("stage2", _CAG),
+        "source only, as long as stage 3": ("stage3", _CAG_CONTROL),
+        "stage 3": ("stage3", _CAG),
+        "target only (upper bound)": ("source", "--stage source --target-labels"),
+    },
+    "c2f": {
+        "source only": ("step0", "--stage step0 --alignment none"),
+        "source only, as long as step 1": ("step1", _C2F_CONTROL),
+        "source only, as long as step 2": ("step2", _C2F_CONTROL),
+        "coarse (GPA)": ("step0", "--stage step0"),
+        "GPA only, as long as step 1": ("step1", f"{_C2F} {_ZERO}"),
+        "step 1": ("step1", _C2F),
+        "GPA only, as long as step 2": ("step2", f"{_C2F} {_ZERO}"),
+        "step 2": ("step2", _C2F),
+        "target only (upper bound)": ("step0", "--stage step0 --target-labels --alignment none"),
+    },
+    "sim": {
+        "source only": ("step1", "--no-ssl --lambda-adv 0 --lambda-ci 0"),
+        "+ adversarial": ("step1", "--no-ssl --lambda-ci 0"),
+        "+ SIM": ("step1", ""),
+        "+ SSL": ("step2", ""),
+        "target only (upper bound)": ("step1", "--stage step1 --target-labels"),
+    },
+    "bismap": {
+        "source only": ("warmup", "--stage warmup --alignment none"),
+        "source only, as long": ("selftrain", f"--from {{source only}}/warmup.pt --alignment none {_OFF}"),
+        "GPA baseline": ("warmup", "--stage warmup"),
+        "GPA only, as long": ("selftrain", f"{_GPA} {_OFF}"),
+        "+ STM": ("selftrain", f"{_GPA} --no-distill --assign none --lambda-consist 0"),
+        "+ MAPs": ("selftrain", f"{_GPA} --no-distill --lambda-consist 0"),
+        "+ consistency": ("selftrain", _GPA),
+        "distilled": ("distill2", _GPA),
+        "target only (upper bound)": ("warmup", "--stage warmup --target-labels --alignment none"),
+    },
+}
 
 
 @command
@@ -42,11 +100,10 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--jobs", type=int, default=1, help="runs side by side")
     args, extra = parser.parse_args(argv[:cut]), argv[cut + 1:]
     sys.path.insert(0, os.getcwd())                          # the scripts lie beside common/
-    try:
-        script = importlib.import_module(args.method)
-    except ModuleNotFoundError as error:
-        raise UserError(f"there is no script {args.method}.py here; give the name of one without .py") from error
-    rows, wanted = script.RESULTS, args.rows or list(script.RESULTS)
+    if args.method not in RESULTS:
+        raise UserError(f"there is no script {args.method}.py here; give one of {', '.join(RESULTS)}")
+    script, rows = importlib.import_module(args.method), RESULTS[args.method]
+    wanted = args.rows or list(rows)
     if unknown := set(wanted) - set(rows):
         raise UserError(f"unknown row {min(unknown)!r}; the rows are {', '.join(map(repr, rows))}")
     futures: dict[tuple[str, int], Future] = {}
@@ -62,10 +119,10 @@ def main(argv: list[str] | None = None) -> None:
         pool.shutdown(cancel_futures=True)
     results: dict[str, list[dict]] = {row: [] for row in rows if row in wanted}
     for row, seed in [(row, seed) for row in results for seed in args.seeds]:
-        stage, found = rows[row][0], futures[first_of(rows, row), seed].result()[1]
-        if stage not in found:
+        stage, finished = rows[row][0], futures[first_of(rows, row), seed].result()[1]
+        if stage not in finished:
             raise UserError(f"{row!r} with seed {seed} was stopped; start again to go on")
-        results[row].append(found[stage])
+        results[row].append(finished[stage])
     print(table(results, args.mean, gap={list(rows)[0], list(rows)[-1]} <= set(wanted)))
 
 
@@ -79,7 +136,7 @@ def measure(args, extra: list[str], script, row: str, seed: int, futures: dict) 
 
     A finished run is started too: it checks its settings, refuses if they are others, and ends at once.
     """
-    rows, flags = script.RESULTS, script.RESULTS[row][1]
+    rows, flags = RESULTS[args.method], RESULTS[args.method][row][1]
     for needed in re.findall(r"\{(.+?)\}", flags):
         flags = flags.replace(f"{{{needed}}}", shlex.quote(str(futures[first_of(rows, needed), seed].result()[0])))
     tag = f"{args.name}-{re.sub(r'[^a-z0-9]+', '-', first_of(rows, row).lower()).strip('-')}-{seed}"
@@ -89,8 +146,8 @@ def measure(args, extra: list[str], script, row: str, seed: int, futures: dict) 
     threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // args.jobs))} if args.jobs > 1 else {}
     if subprocess.run(line, stdout=2, env={**os.environ, **threads}).returncode != 0:
         raise UserError(f"{row!r} with seed {seed} failed; put it right and start again: what is finished is kept")
-    cfg, options = parse(f"{args.method}.py", "", (script.Config, Options), argv, script.TOY)
-    folder = run_folder(args.method, cfg, options)
+    _, options = parse(f"{args.method}.py", "", (script.Config, Options), argv, script.TOY)
+    folder = run_folder(args.method, options)
     file = folder / "results.json"
     return folder, json.loads(file.read_text()) if file.exists() else {}
 

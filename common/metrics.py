@@ -108,18 +108,27 @@ def percent(result: dict) -> dict[str, float]:
 
 
 def score_table(matrices: dict[str, Tensor], classes: ClassList) -> str:
-    """Plain-text table of IoUs in percent: one row per class and per mean, one column per model; "-" where there is none.
+    """IoUs in percent: one row per class and per mean, one column per model.
 
-    Args: matrices: column title -> (K,K) confusion matrix.
-    Returns: lines without a final newline; each of `classes.means`, then the same over the classes present.
+    Args: matrices: column title -> (K,K) confusion matrix.  Returns: lines without a final newline.
     """
-    scores = {name: [float(m[k]) for m in map(iou, matrices.values())] for k, name in enumerate(classes.names)}
-    for present, (name, indices) in itertools.product((False, True), classes.means.items()):
-        scores[name + " present" * present] = [mean_iou(m, indices, present) for m in matrices.values()]
-    rows = [["class", *matrices]]
-    rows += [[name, *("-" if math.isnan(x) else f"{100 * x:.1f}" for x in row)] for name, row in scores.items()]
+    means = list(itertools.product((False, True), classes.means.items()))
+    columns = {title: [100 * score for score in (*iou(m).tolist(), *(mean_iou(m, k, present) for present, (_, k) in means))]
+               for title, m in matrices.items()}
+    lines = table(columns, [*classes.names, *(name + " present" * present for present, (name, _) in means)]).split("\n")
+    return "\n".join([*lines[:len(classes) + 2], "-" * len(lines[0]), *lines[len(classes) + 2:]])
+
+
+def table(columns: dict[str, Sequence[float | None]], names: Sequence[str], digits: int = 1) -> str:
+    """Plain text: one row per name, one column per entry of `columns`; "-" for None and NaN."""
+    rows = [["", *columns]]
+    rows += [[name, *("-" if x is None or math.isnan(x) else f"{x:.{digits}f}" for x in row)]
+             for name, row in zip(names, zip(*columns.values()))]
     width = [max(map(len, column)) for column in zip(*rows)]
     lines = ["  ".join([row[0].ljust(width[0]), *map(str.rjust, row[1:], width[1:])]) for row in rows]
-    for position in (len(classes.names) + 1, 1):                      # a rule above the means and below the head
-        lines.insert(position, "-" * len(lines[0]))
-    return "\n".join(lines)
+    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
+
+
+def print_table(title: str, columns: dict[str, Sequence[float | None]], names: Sequence[str], digits: int = 1) -> None:
+    """Print a `table` below its title."""
+    print(f"\n{title}\n{table(columns, names, digits)}", flush=True)

@@ -23,12 +23,11 @@ import sys
 import types
 import typing
 from pathlib import Path
-from typing import Any, NamedTuple
 
 from common.files import UserError
 
 
-class Size(NamedTuple):
+class Size(typing.NamedTuple):
     """An image size, width first as in the papers: "1280x720"."""
 
     width: int
@@ -39,20 +38,16 @@ class Size(NamedTuple):
 
     @staticmethod
     def parse(text: str) -> Size:
-        match = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", text)
-        if match is None:
+        if not re.fullmatch(r"[1-9]\d*x[1-9]\d*", text):
             raise argparse.ArgumentTypeError(f"{text!r} is not a size; write WIDTHxHEIGHT, for example 1280x720")
-        return Size(int(match[1]), int(match[2]))
+        return Size(*map(int, text.split("x")))
 
 
 def option(default, help: str, *, paper=None, section: str = "", choices: tuple = (), low=None, high=None, defines_run=True):
-    """A dataclass field that is a flag.
+    """A dataclass field that is a flag; `default` None stands for "chosen from other flags".
 
-    Args:
-        default: the value without the flag; `None` stands for "chosen from other flags".
-        paper, section: the value the paper gives, and where; None if it gives none (shown as †).
-        choices, low, high: the values allowed (bounds are inclusive).
-        defines_run: whether a run continued with another value would be another run.
+    `paper`, `section`: the paper's value, and where it stands; None if it gives none (shown as †). `low`, `high`: the smallest
+    and largest value allowed. `defines_run`: whether a run continued with another value would be another run.
     """
     return dataclasses.field(default=default, metadata={"help": help, "paper": paper, "section": section, "choices": choices,
                                                         "low": low, "high": high, "defines_run": defines_run})
@@ -66,9 +61,8 @@ def flag(name: str) -> str:
 def parse(prog: str, doc: str, classes: tuple[type, ...], argv: list[str] | None = None, toy: dict | None = None) -> tuple:
     """Read the command line into one instance of each dataclass in `classes`, the method's first.
 
-    A field of two classes is one flag, which the first describes: a Config gives the paper's value of a common option so. A
-    field named `command` receives the command line; `toy` holds the defaults with --toy.
-    Raises: SystemExit(2) after one sentence on stderr for what makes no sense.
+    A field of two classes is one flag, which the first describes: so a Config gives its paper's value of a common option.
+    `toy` holds the defaults with --toy; a field `command` receives the command line. Raises: SystemExit(2) after one sentence.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     parser = _Parser(prog=prog, description=doc, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -78,27 +72,25 @@ def parse(prog: str, doc: str, classes: tuple[type, ...], argv: list[str] | None
         for field, kind in [pair for pair in flags(cls) if pair[0].name not in described]:
             described.add(field.name)
             paper = f"; paper: {paper_value(field)}" if cls is classes[0] else ""
-            how: dict[str, Any] = {"dest": field.name, "default": field.default,
-                                   "help": f"{field.metadata['help']} [{show(field.default)}{paper}]".replace("%", "%%")}
+            how: dict = {"dest": field.name, "default": field.default,
+                         "help": f"{field.metadata['help']} [{show(field.default)}{paper}]".replace("%", "%%")}
             if kind is bool:
                 how["action"] = argparse.BooleanOptionalAction
             else:
                 how |= {"type": _reader(field, (typing.get_args(kind) or (kind,))[0]), "metavar": "X",
-                        "choices": field.metadata["choices"] or None, "nargs": "+" if typing.get_args(kind) else None}
+                        "choices": field.metadata["choices"] or None, "nargs": _count(kind)}
             group.add_argument(flag(field.name), **how)
-    if toy is not None and "--toy" in argv:
-        parser.set_defaults(**toy)
+    small = (toy or {}) if "--toy" in argv else {}
+    parser.set_defaults(command=shlex.join([sys.executable, prog, *argv]), **small)
     values = {name: tuple(value) if isinstance(value, list) else value for name, value in vars(parser.parse_args(argv)).items()}
-    values["command"] = shlex.join([sys.executable, prog, *argv])
     return tuple(cls(**{field.name: values[field.name] for field in dataclasses.fields(cls)}) for cls in classes)
 
 
-def to_json(instance, defining_only: bool = False) -> dict[str, Any]:
+def to_json(instance, defining_only: bool = False) -> dict:
     """The flags of a dataclass instance as JSON-ready values; with `defining_only` just those that make a run what it is."""
-    values = {field.name: getattr(instance, field.name) for field, _ in flags(type(instance))
-              if field.metadata["defines_run"] or not defining_only}
-    return {name: str(value) if isinstance(value, Size) else list(value) if isinstance(value, tuple) else value
-            for name, value in values.items()}
+    names = [field.name for field, _ in flags(type(instance)) if field.metadata["defines_run"] or not defining_only]
+    plain = {Size: str, tuple: list}                             # the types that JSON lacks
+    return {name: plain.get(type(value := getattr(instance, name)), lambda x: x)(value) for name in names}
 
 
 def command(main):
@@ -108,20 +100,20 @@ def command(main):
         try:
             return main(argv)
         except (UserError, RuntimeError) as error:
-            message = str(error) if isinstance(error, UserError) else _explain(error)
+            message = _explain(error)
             if not message:
                 raise
         gc.collect()    # only now do the loaders go that the exception's frames kept alive, and their worker processes
-        if message.startswith("Caught "):                        # by a worker process, which hands over its traceback as text
-            message = re.sub(r"^[\w.]*UserError: ", "", message.strip().splitlines()[-1])
         process = f" (process {os.environ['RANK']})" if os.environ.get("RANK", "0") != "0" else ""
         print(f"{Path(inspect.getfile(main)).name}{process}: error: {message}", file=sys.stderr)
         raise SystemExit(2)
     return wrapped
 
 
-def _explain(error: RuntimeError) -> str:
-    """One sentence for what torch reports as a RuntimeError though nothing is wrong with the code; "" for the others."""
+def _explain(error: Exception) -> str:
+    """One sentence for what the user can fix, though torch may report it as a RuntimeError; "" for other errors."""
+    if isinstance(error, UserError):                             # of a worker process, torch gives the traceback as text
+        return re.sub(r"^Caught [\s\S]*\n[\w.]*UserError: ", "", str(error)).strip()
     if type(error).__name__ == "OutOfMemoryError":
         return "the accelerator's memory is full: try a smaller --batch-size or --crop, or --amp bf16; what was saved is kept"
     if re.search(r"[Cc]onnection closed|[Cc]onnection reset|Broken pipe|remote process exited", str(error)):
@@ -136,8 +128,7 @@ class _Parser(argparse.ArgumentParser):
         if unknown := re.match(r"unrecognized arguments: (--[\w-]+)", message):
             near = difflib.get_close_matches(unknown[1], self._option_string_actions, n=1)
             message += f" (did you mean {near[0]}?)" if near else " (see --help)"
-        print(f"{self.prog}: error: {message}", file=sys.stderr)
-        raise SystemExit(2)
+        self.exit(2, f"{self.prog}: error: {message}\n")
 
 
 def flags(cls: type):
@@ -147,6 +138,12 @@ def flags(cls: type):
         if field.metadata:
             kind = hints[field.name]
             yield field, typing.get_args(kind)[0] if isinstance(kind, types.UnionType) else kind
+
+
+def _count(kind) -> int | str | None:
+    """How many texts a flag takes: two for tuple[float, float], any number for tuple[float, ...]."""
+    kinds = typing.get_args(kind)
+    return None if not kinds else "+" if kinds[-1] is ... else len(kinds)
 
 
 def _reader(field: dataclasses.Field, kind):

@@ -34,7 +34,6 @@ IGNORE = 255
 IMAGENET_MEAN = (0.485, 0.456, 0.406)                            # of RGB in [0, 1], as the encoders were trained
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
-
 _CLASSES = (  # in the order of Cityscapes' train ids: name, colour, Cityscapes id, SYNTHIA id
     ("road", (128, 64, 128), 7, 3), ("sidewalk", (244, 35, 232), 8, 4), ("building", (70, 70, 70), 11, 2),
     ("wall", (102, 102, 156), 12, 21), ("fence", (190, 153, 153), 13, 5), ("pole", (153, 153, 153), 17, 7),
@@ -204,6 +203,16 @@ def read_image(path: str | Path) -> Tensor:
     return image
 
 
+def resize(image: Tensor, size: Size | None) -> Tensor:
+    """(..,H,W) at another size, antialiased; None keeps its own."""
+    return image if size is None else v2.functional.resize(image, [size.height, size.width], antialias=True)
+
+
+def read_resized(path: Path, size: Size | None) -> Tensor:
+    """An image file as float32 (3,H,W) in [0,1] at this size."""
+    return v2.functional.to_dtype(resize(read_image(path), size), torch.float32, scale=True)
+
+
 def read_label(path: str | Path, dataset: str, classes: ClassList) -> Tensor:
     """Read a label file of `dataset` as uint8 (H,W) of class indices 0..K-1, 255 where no class of the list is.
 
@@ -250,15 +259,19 @@ def save_label(path: str | Path, label: Tensor) -> None:
 class Augment:
     """Random changes of a training item, made in the order scale, flip, crop, jitter.
 
-    scale: range of a uniform factor on the size. flip: left-right with probability 1/2. crop: a window of this size,
-    padded where the image is smaller (image with the mean colour, label and maps with 255). jitter: strength of
-    brightness, contrast and saturation changes, 0.4 of it for hue; 0 is none.
+    scale: range of a uniform factor on the size. flip: left-right with probability 1/2. crop: a window of this size, padded
+    where the image is smaller (image with the mean colour, label and maps with 255). jitter: strength of brightness, contrast
+    and saturation changes, 0.4 of it for hue; 0 is none.
     """
 
     flip: bool = False
     jitter: float = 0.0
     scale: tuple[float, float] = (1.0, 1.0)
     crop: Size | None = None
+
+    def __post_init__(self) -> None:
+        if self.scale[0] > self.scale[1]:
+            raise UserError(f"a random resize by {self.scale[0]} to {self.scale[1]} is no range: give the smaller factor first")
 
 
 class SegmentationDataset(Dataset):
@@ -271,8 +284,7 @@ class SegmentationDataset(Dataset):
     label with class indices and 255. Without a label file the label is 255 everywhere, of the image's size.
 
     Args:
-        pairs: what `find_pairs` returned.
-        dataset: whose labels they are; decides reader and ids.
+        pairs: what `find_pairs` returned. dataset: whose labels they are; decides reader and ids.
         classes: the class list whose indices the labels get.
         size: images are resized to it (antialiased), training labels and maps too (nearest); None: own size.
         maps: folders with one 8-bit one-channel PNG `<folder>/<name>.png` per image, of the size that images have here.
@@ -317,8 +329,7 @@ class SegmentationDataset(Dataset):
         pair = self.pairs[index]
         image = read_image(pair.image)
         label = None if pair.label is None else self._read_label(pair, image.shape[1:])
-        if self.size is not None:                                # as uint8, which is several times faster
-            image = v2.functional.resize(image, [self.size.height, self.size.width], antialias=True)
+        image = resize(image, self.size)                         # as uint8, which is several times faster
         shape = image.shape[1:]
         if label is None:
             label = torch.full(shape, IGNORE, dtype=torch.uint8)
@@ -374,14 +385,6 @@ def derive_seed(*parts: object) -> int:
     return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest(), "little") >> 1
 
 
-def read_resized(path: Path, size: Size | None) -> Tensor:
-    """An image file as float32 (3,H,W) in [0,1], resized (antialiased) to `size`; None keeps its own."""
-    image = read_image(path)
-    if size is not None:
-        image = v2.functional.resize(image, [size.height, size.width], antialias=True)
-    return v2.functional.to_dtype(image, torch.float32, scale=True)
-
-
 def fixed_version(dataset: SegmentationDataset, seed: int) -> Subset:
     """A data set of training items in one version, for a sweep: item k is dataset[k, seed of k]."""
     return Subset(dataset, [(k, derive_seed(seed, k)) for k in range(len(dataset))])
@@ -426,9 +429,8 @@ def sweep_loader(dataset: SegmentationDataset, workers: int = 0, pin: bool = Fal
 
 
 def _leave_signals_to_the_parent(worker: int) -> None:
-    """Ctrl-C and `timeout` signal a whole process group, schedulers every process. The parent, which stops cleanly, still
-    needs its workers for the iteration under way and then ends them, so they leave its group, and the first SIGTERM ends them
-    only half a minute later."""
+    """Ctrl-C and `timeout` signal a whole process group, schedulers every process. The parent, which stops cleanly, needs its
+    workers for the iteration under way: they leave its group, and the first SIGTERM ends them only half a minute later."""
     def wait(number, frame):
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         signal.alarm(30)

@@ -27,12 +27,7 @@ from torchvision.models.resnet import Bottleneck
 from common.files import UserError
 
 # The weights of the papers' years; torchvision's later IMAGENET1K_V2 come from a stronger training recipe.
-IMAGENET = {
-    "resnet101": models.ResNet101_Weights.IMAGENET1K_V1,
-    "resnet50": models.ResNet50_Weights.IMAGENET1K_V1,
-    "resnet18": models.ResNet18_Weights.IMAGENET1K_V1,
-    "vgg16": models.VGG16_Weights.IMAGENET1K_V1,
-}
+IMAGENET = {name: models.get_model_weights(name).IMAGENET1K_V1 for name in ("resnet101", "resnet50", "resnet18", "vgg16")}
 
 FREEZE_BN = ("all", "encoder", "affine", "none")
 
@@ -82,7 +77,7 @@ def dilate(layer: nn.Sequential, first: int, dilations: Sequence[int]) -> None:
 
 def resnet_encoder(backbone: str) -> nn.Module:
     """torchvision's ResNet, randomly initialised, without its classifier; run by `resnet_features`."""
-    encoder = getattr(models, backbone)(weights=None)
+    encoder = models.get_model(backbone, weights=None)
     del encoder.avgpool, encoder.fc
     return encoder
 
@@ -180,29 +175,32 @@ class ASPP(nn.Module):
 
 
 class DeepLab(nn.Module):
-    """What both networks share: the check of their input, frozen batch norm, and rates."""
+    """What both networks share: the check of their input, frozen batch norm, and rates. Each has its own `features`.
+
+    Raises: UserError for an unknown backbone; `forward`: ValueError for an input of another rank or channel count.
+    """
 
     network = ""     # its name in `build_model`
     head_rate = 1    # the head's learning rate as a multiple of the network's
 
-    def features(self, x: Tensor) -> Tensor:
-        raise NotImplementedError
+    def __init__(self, backbone: str, num_classes: int, feat_channels: int, structure: Structure) -> None:
+        super().__init__()
+        if backbone not in IMAGENET:
+            raise UserError(f"unknown backbone {backbone!r}: choose one of {', '.join(IMAGENET)}")
+        if self.network == "v3+" and backbone == "vgg16":
+            raise UserError("there is no DeepLab v3+ on vgg16: choose a resnet backbone, or network v2")
+        self.backbone, self.num_classes, self.feat_channels = backbone, num_classes, feat_channels
+        self.structure, self.frozen_bn, self.complete = structure, "none", False    # complete: a file gave every weight
+        self.prepare = nn.Identity()
+        if structure.input != "imagenet":
+            from common import published  # only weights of other projects need it
+            self.prepare = published.ConvertInput(structure.input)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         if x.dim() != 4 or x.shape[1] != 3:
             raise ValueError(f"expected images of shape (N, 3, h, w), got {tuple(x.shape)}")
         feat = self.features(self.prepare(x))
         return feat, at_least_float32(self.head(feat))              # (N, D, h, w), (N, K, h, w)
-
-    def __init__(self, backbone: str, num_classes: int, feat_channels: int, structure: Structure) -> None:
-        super().__init__()
-        check_choice(self.network, backbone)
-        self.backbone, self.num_classes, self.feat_channels = backbone, num_classes, feat_channels
-        self.structure, self.frozen_bn, self.filled = structure, "none", False    # filled: a file gave every weight
-        self.prepare = nn.Identity()
-        if structure.input != "imagenet":
-            from common import published  # only weights of other projects need it
-            self.prepare = published.ConvertInput(structure.input)
 
     def freeze_bn(self, which: str) -> None:
         """Freeze the batch norms of "all" modules, of the "encoder", or of "none" (which thaws them).
@@ -240,7 +238,6 @@ class DeepLabV2(DeepLab):
     """DeepLab v2 (ResNet-101, -50, -18 or VGG-16) at stride 8.
 
     forward: (N, 3, H, W) float -> feat (N, feat_channels, h, w), logits (N, num_classes, h, w) with h about H/8.
-    Raises: ValueError for an input of another rank or channel count; UserError for an unknown backbone.
     """
 
     network, head_rate = "v2", 10
@@ -269,7 +266,6 @@ class DeepLabV3Plus(DeepLab):
     """DeepLab v3+ (ResNet-101, -50 or -18): encoder at stride 16, ASPP with image pooling, decoder at stride 4.
 
     forward: (N, 3, H, W) float -> feat (N, 256, h, w), logits (N, num_classes, h, w) with h about H/4.
-    Raises: ValueError for an input of another rank or channel count; UserError for an unknown backbone or VGG-16.
     """
 
     network = "v3+"
@@ -294,19 +290,10 @@ class DeepLabV3Plus(DeepLab):
         return self.decoder(torch.cat([context, low], dim=1))
 
 
-def check_choice(network: str, backbone: str) -> None:
-    """UserError unless this network exists on this backbone."""
-    if network not in ("v2", "v3+"):
-        raise UserError(f"unknown network {network!r}: choose v2 or v3+")
-    if backbone not in IMAGENET:
-        raise UserError(f"unknown backbone {backbone!r}: choose one of {', '.join(IMAGENET)}")
-    if network == "v3+" and backbone == "vgg16":
-        raise UserError("there is no DeepLab v3+ on vgg16: choose a resnet backbone, or network v2")
-
-
 def make_network(network: str, backbone: str, num_classes: int, structure: Structure = Structure()) -> DeepLab:  # noqa: B008
     """"v2" or "v3+" with random weights. Raises: UserError for an unknown choice."""
-    check_choice(network, backbone)
+    if network not in ("v2", "v3+"):
+        raise UserError(f"unknown network {network!r}: choose v2 or v3+")
     return (DeepLabV2 if network == "v2" else DeepLabV3Plus)(backbone, num_classes, structure)
 
 
@@ -319,9 +306,8 @@ def build_model(network: str, backbone: str, num_classes: int, init: str = "imag
         network: "v2" or "v3+".
         backbone: "resnet101", "resnet50", "resnet18" or, for v2, "vgg16".
         num_classes: K, channels of the logits.
-        init: "imagenet", "none" (random) or the path of a state dict or checkpoint, see published.load_model.
+        init: "imagenet", "none" (random) or a file, for which partial_init, branches, input, flag are: published.load_model.
         freeze_bn: see `DeepLab.freeze_bn`.
-        partial_init, branches, input, flag: for a file, see published.load_model.
     Raises: UserError for an unknown choice and for weights that are unavailable, cannot be read or do not fit.
     """
     if init in ("imagenet", "none"):

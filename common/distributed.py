@@ -18,15 +18,11 @@ def join() -> tuple[int, int]:
         distributed.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
         if distributed.get_rank():
             sys.stdout = open(os.devnull, "w")                   # noqa: SIM115 (for the rest of the process): one speaks for all
-    return (distributed.get_rank() if several() else 0), world_size()
-
-
-def several() -> bool:
-    return distributed.is_available() and distributed.is_initialized()
+    return (distributed.get_rank() if world_size() > 1 else 0), world_size()
 
 
 def world_size() -> int:
-    return distributed.get_world_size() if several() else 1
+    return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
 
 
 def choose_device(name: str) -> torch.device:
@@ -42,24 +38,26 @@ def choose_device(name: str) -> torch.device:
 
 def sum_over_processes(*tensors: Tensor) -> None:
     """Replace each tensor by its sum over all processes, in place."""
-    for tensor in tensors * several():
+    for tensor in tensors * (world_size() > 1):
         distributed.all_reduce(tensor)
 
 
 def gather_objects(own) -> list:
     """What each process has, in the order of the processes."""
-    every = [own] * world_size()
-    if several():
-        distributed.all_gather_object(every, own)
-    return every
+    each = [own] * world_size()
+    if len(each) > 1:
+        distributed.all_gather_object(each, own)
+    return each
 
 
 def gather(x: Tensor) -> Tensor:
     """(N, ..) of this process -> (world N, ..) of all, in the order of one process's batch; without a gradient."""
-    every = [torch.empty_like(x) for _ in range(world_size())] if several() else [x.detach()]
-    if several():
-        distributed.all_gather(every, x.detach().contiguous())
-    return torch.cat(every)
+    own = x.detach().contiguous()
+    each = [torch.empty_like(own) for _ in range(world_size())]
+    if len(each) == 1:
+        return own
+    distributed.all_gather(each, own)
+    return torch.cat(each)
 
 
 def any_process(own) -> bool:
@@ -76,13 +74,13 @@ def barrier() -> None:
 
 def broadcast_buffers(*modules: nn.Module) -> None:
     """Give every process the first one's buffers (batch norm that is not frozen sees other images in each)."""
-    for buffer in [buffer for module in modules for buffer in module.buffers()] * several():
+    for buffer in [buffer for module in modules for buffer in module.buffers()] * (world_size() > 1):
         distributed.broadcast(buffer, 0)
 
 
 def parallel(module: nn.Module) -> nn.Module:
     """The module to call in a stage: DistributedDataParallel, which averages gradients; the module itself in one process."""
-    if not several():
+    if world_size() == 1:
         return module
     with warnings.catch_warnings():                              # its replacement is not in every torch that is supported
         warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)

@@ -17,6 +17,7 @@ try:
 except ImportError:                                              # Windows has no such locks
     fcntl = None
 
+
 class UserError(Exception):
     """Something the user can fix. Its message is one sentence that says what is wrong and the way out."""
 
@@ -82,7 +83,8 @@ def read_log(folder: Path) -> list[dict]:
 
 
 def lock(folder: Path):
-    """An open file; no other process can lock the folder as long as it lives. Raises UserError if one has."""
+    """An open file; no other process can lock the folder as long as it lives. Removes what a killed process has written half.
+    Raises UserError if another process has locked the folder."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         held = open(folder / ".lock", "a")                                   # noqa: SIM115 (for the rest of the process)
@@ -95,4 +97,6 @@ def lock(folder: Path):
         raise UserError(f"{folder} is in use by another process: wait until it ends, or give this run another --tag") from error
     except OSError:                                                          # a file system without locks
         pass
+    for half in folder.rglob(".*.tmp"):
+        half.unlink()
     return held

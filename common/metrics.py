@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from common.data import IGNORE, ClassList
 from common.deeplab import upsample
+from common.distributed import sum_over_processes
 
 
 def confusion_matrix(prediction: Tensor, label: Tensor, num_classes: int) -> Tensor:
@@ -80,18 +81,19 @@ def predict(model: nn.Module, image: Tensor, size: tuple[int, int], scales: Sequ
 @torch.no_grad()
 def evaluate(model: nn.Module, loader: Iterable, num_classes: int, device: torch.device | str,
              scales: Sequence[float] = (1.0,), flip: bool = False) -> Tensor:
-    """Confusion matrix of a model over a loader of (image, label, ...), compared at the labels' own resolution.
+    """Confusion matrix of a model over the (image, label, ...) of all processes, compared at the labels' own resolution.
 
-    Returns: (K,K) int64 on the CPU; summed over processes it is that of all their images.
+    Returns: (K,K) int64 on the CPU.
     """
-    training = model.training
-    matrix = torch.zeros(num_classes, num_classes, dtype=torch.int64, device=device)
+    training, matrix = model.training, torch.zeros(num_classes, num_classes, dtype=torch.int64, device=device)
     model.eval()
     for image, label, *_ in loader:
         image, label = image.to(device, non_blocking=True), label.to(device, non_blocking=True)
         matrix += confusion_matrix(predict(model, image, tuple(label.shape[-2:]), scales, flip), label, num_classes)
     model.train(training)
-    return matrix.cpu()
+    matrix = matrix.cpu()
+    sum_over_processes(matrix)
+    return matrix
 
 
 def summary(matrix: Tensor, classes: ClassList) -> dict:

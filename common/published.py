@@ -326,7 +326,7 @@ def load_model(network: str, backbone: str, num_classes: int, path: str | Path, 
         branches: how many branches the head of a Caffe-style file sums; None: decide by `summed_branches`.
         input: what the network expects, a key of INPUTS; None: as recognised.
         flag: gave the path, for messages.
-    Returns: the network; `filled` says whether the file gave every weight, the head's too.
+    Returns: the network; `complete` says whether the file gave every weight, the head's too.
     Raises: UserError naming the file and the way out.
     """
     where = f"{flag} {path}"
@@ -346,7 +346,7 @@ def load_model(network: str, backbone: str, num_classes: int, path: str | Path, 
     encoder = [k for k in missing if k.startswith("encoder.")]
     unexpected = [k for k in named if k not in own and not k.endswith("num_batches_tracked")]
     model.load_state_dict(fitting, strict=False)
-    model.filled = not missing
+    model.complete = not missing
     print(f"{where}: {weights.description}{len(counted) - len(missing)} keys matched, {len(missing)} missing ({len(encoder)} "
           f"of the encoder), {len(unexpected)} unexpected, {weights.classifier} of a classifier left out")
     return model

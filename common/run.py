@@ -34,6 +34,8 @@ from common.deeplab import DeepLab, Structure, build_model, make_network, resize
 from common.distributed import any_process, barrier, broadcast_buffers, choose_device, gather_objects, join, sum_over_processes
 from common.files import UserError, load, lock, read_json, read_log, write_atomically, write_json
 
+REMEDY = "try a lower --lr or --amp none under a new --tag"     # against values that are not finite
+
 
 @dataclass
 class Options:
@@ -100,15 +102,12 @@ class Run:
         self.folder = run_folder(method, options)
         self.classes = data.class_list(options.source, options.target)
         self._losses: list[dict[str, Tensor]] = []
-        self._watched = self._asked_to_stop = self._lock = None  # _asked_to_stop: when
+        self._watched = self._asked_to_stop = self._lock = self._base = None     # _asked_to_stop: when; _base: of --from
         if not options.eval:
             if self.rank == 0:
                 self._lock = lock(self.folder)
-                for half in self.folder.rglob(".*.tmp"):         # written half by a process that was killed
-                    half.unlink()
             barrier()
             self._check_config()
-        self._base = None                                        # what --from holds
         if options.from_:
             from common import published  # only weights of another run or project need it
             self._base = published.read_checkpoint(options.from_, stages[0], options.branches)
@@ -118,7 +117,7 @@ class Run:
         """Whether this start has a stage to train or to evaluate."""
         if stage not in self.selected or self.options.eval:
             return False
-        if not self._finished(stage) or gather_objects(stage not in self.results())[0]:
+        if not self._has(f"{stage}.pt") or gather_objects(stage not in self.results())[0]:
             return True
         print(f"{stage}: finished before, see {self.folder / stage}.pt", flush=True)
         if stage == self.selected[-1]:
@@ -129,8 +128,8 @@ class Run:
         """What `compute()` returns, tensors and plain values by name: called by the first start that comes here, and read from
         `<stage>-<what>.pt` by the others."""
         path = self.folder / f"{stage}-{what}.pt"
-        if not gather_objects(path.exists())[0]:
-            self._check_nothing_is_stale(stage)
+        if not self._has(path.name):
+            self._check_nothing_is_stale(stage, path.name)
             self._write(path, compute())
         return load(path, remedy="delete it, and last.pt if there is one, to compute it again")
 
@@ -138,13 +137,13 @@ class Run:
         """Yield `(iteration, batch, ...)` for the iterations that this stage still has to do.
 
         Args:
-            name: the stage; decides the random streams and the checkpoint's name.
-            iterations: its length, also the horizon of the poly rate.
+            name: decides the random streams and the checkpoint's name.
+            iterations: the stage's length, also the horizon of the poly rate.
             state: everything that must survive: modules and optimizers (anything with `state_dict`).
             datasets: each gives a batch `(image, label, *maps)` of batch_size images on the device.
             note: what to log of the preparation.
         """
-        if self._finished(name):                                 # killed before its evaluation
+        if self._has(f"{name}.pt"):                                 # killed before its evaluation
             restore(self._checkpoint(name)["state"], state)
             (self.folder / "last.pt").unlink(missing_ok=True)
             return
@@ -160,7 +159,7 @@ class Run:
                 if not stop:
                     self.seed(name, it)                          # so no random state has to be saved
                     set_rates(optimizers, it, iterations)
-                    yield it, *map(self._to_device, batches)
+                    yield it, *([self.place(x) for x in batch if isinstance(x, Tensor)] for batch in batches)    # no names
                     stop, it = any_process(self._asked_to_stop), it + 1
                 save = stop or (it % self.options.save_every == 0 and it < iterations)
                 if save or it % self.options.log_every == 0 or it == iterations:
@@ -181,16 +180,14 @@ class Run:
         self._watched = (model, dataset) if self.options.eval_every else None
 
     def sweep(self, what: str, dataset, shared: bool = True):
-        """Yield `(image, label, names, *maps)` once for each image of a dataset, one at a time, on the device.
-
-        With `shared`, each of several processes gets its part; after the last image all have done theirs.
-        """
+        """Yield `(image, label, names, *maps)` once for each image of a dataset, one at a time, on the device. With `shared`,
+        each of several processes gets its part; after the last image all have done theirs."""
         rank, world = (self.rank, self.world) if shared else (0, 1)
         loader = data.sweep_loader(dataset, self.options.workers, self.device.type == "cuda", rank, world)
         shown = time.monotonic()
         with self._stop_signals():
             for k, (image, label, names, *maps) in enumerate(loader):
-                yield self.place(image), label.to(self.device), names, *(m.to(self.device) for m in maps)
+                yield self.place(image), self.place(label), names, *map(self.place, maps)
                 if self._asked_to_stop:
                     self._exit()
                 if time.monotonic() > shown + 30:
@@ -220,8 +217,8 @@ class Run:
         init, source = (options.from_, "--from") if content else (options.init, "--init")
         model = build_model(kind, options.backbone, len(self.classes), init, frozen, options.partial_init, options.branches,
                             options.input, source)
-        if not model.filled and (content or options.eval):
-            raise UserError(f"{source} {init} is no trained network with its head, and {self.folder} has no finished stage: "
+        if not model.complete and (content or options.eval):
+            raise UserError(f"{source} {init} is no trained network with its head, and no stage of {self.folder} is finished: "
                             "train first, or give --from CHECKPOINT")
         self.latest = self.latest or Path(init).stem
         return self.place(model)
@@ -238,9 +235,10 @@ class Run:
         return [data.derive_seed(self.options.seed, *names, self.rank * count + n) for n in range(count)]
 
     def place(self, x):
-        """Move a module or images to the run's device and memory format."""
-        layout = torch.channels_last if self.options.channels_last else torch.preserve_format
-        return x.to(self.device, non_blocking=True, memory_format=layout)
+        """Move a module or a tensor to the run's device, and a module or images to its memory format."""
+        last = self.options.channels_last and (isinstance(x, nn.Module) or x.dim() == 4)
+        how = torch.channels_last if last else torch.preserve_format
+        return x.to(self.device, non_blocking=True, memory_format=how)
 
     def autocast(self):
         """The context for forward passes: bfloat16 with --amp bf16, nothing otherwise."""
@@ -252,23 +250,21 @@ class Run:
         return torch.device("cpu") if self.device.type == "mps" else self.device
 
     def evaluate(self, name: str, model: nn.Module, dataset, tests: dict[str, dict]) -> None:
-        """Evaluate a stage, write the result into results.json and a picture, print the run's table so far.
-
-        Args: dataset: labelled target images; tests: name of each test mode -> keyword arguments of `metrics.predict`.
-        """
-        if not (self._finished(name) or self.options.eval):
-            return
+        """Evaluate a stage on labelled images, write the result into results.json and a picture, print the run's table so far.
+        `tests`: name of each test mode -> keyword arguments of `metrics.predict`."""
         if self.options.export and self.rank == 0:               # a later stage's model replaces it
             from common import published
             published.export(Path(self.options.export), model, self.classes.names)
-        results = {} if self.options.eval else self.results()
-        results[name] = {test: metrics.summary(self._matrix(self.sweep(f"{name}, {test}", dataset), model, **how), self.classes)
-                         for test, how in tests.items()}
+        results = {**({} if self.options.eval else self.results()), name: {}}
+        for test, how in tests.items():
+            with self.autocast():
+                matrix = metrics.evaluate(model, self.sweep(f"{name}, {test}", dataset), len(self.classes), self.device, **how)
+            results[name][test] = metrics.summary(matrix, self.classes)
         if not self.options.eval and self.rank == 0:
             self._draw_predictions(name, model, dataset)
             last = max((line["iteration"] for line in read_log(self.folder) if line["stage"] == name), default=0)
-            self._cut_log(lambda line: "miou" in line and (line["stage"], line["iteration"]) == (name, last))
-            self._log(stage=name, iteration=last, miou=metrics.percent(next(iter(results[name].values()))))
+            if not self._has_point(name, last):
+                self._log(stage=name, iteration=last, miou=metrics.percent(next(iter(results[name].values()))))
             with contextlib.suppress(ImportError):               # without matplotlib
                 from common import curves
                 curves.draw([self.folder], self.folder / "curves.png")
@@ -288,16 +284,15 @@ class Run:
 
     # ---------------------------------------------------------------- mechanics
 
-    def _draw_predictions(self, name: str, model: nn.Module, dataset, count: int = 4) -> None:
-        rows, training = [], model.training
+    def _draw_predictions(self, name: str, model: nn.Module, dataset) -> None:
+        rows, training, step = [], model.training, max(1, len(dataset) // 4)
         model.eval()
-        for k in range(0, len(dataset), max(1, len(dataset) // count))[:count]:
-            image, label, *_ = dataset[k]
-            with torch.inference_mode(), self.autocast():
-                prediction = metrics.predict(model, self.place(image[None]), tuple(image.shape[-2:]))[0].cpu()
-            photo, label = viz.denormalise(image), resize_label(label[None], image.shape[-2:])[0]
-            rows.append([photo, viz.overlay(photo, prediction, self.classes), viz.colorize(prediction, self.classes),
-                         viz.colorize(label, self.classes)])
+        for image, label, *_ in (dataset[k] for k in range(0, len(dataset), step)[:4]):
+            size, photo = image.shape[-2:], viz.denormalise(image)
+            with self.autocast():
+                prediction = metrics.predict(model, self.place(image[None]), size)[0]
+            maps = [viz.colorize(y, self.classes) for y in (prediction, resize_label(label[None], size)[0])]
+            rows.append([photo, viz.overlay(photo, prediction, self.classes), *maps])
         model.train(training)
         self.draw(f"{name}.png", rows, ["image", "overlay", f"prediction ({name})", "label"])
 
@@ -307,27 +302,28 @@ class Run:
         print(f"\nIoU in percent{', trained with target labels: an upper bound' * self.options.target_labels}")
         print(metrics.score_table(columns, self.classes), end="\n\n", flush=True)
 
-    def _matrix(self, images, model: nn.Module, **how) -> Tensor:
-        """The confusion matrix over the images of all processes."""
-        with self.autocast():
-            matrix = metrics.evaluate(model, images, len(self.classes), self.device, **how)
-        sum_over_processes(matrix)
-        return matrix
+    def _has_point(self, stage: str, iteration: int) -> bool:
+        """Whether the log has the mIoU of this iteration."""
+        return any(line["stage"] == stage and line["iteration"] == iteration and "miou" in line
+                   for line in read_log(self.folder))
 
     def _evaluate_during(self, stage: str, it: int) -> bool:
         """The evaluation that --eval-every wants before this iteration, unless the log has it. Returns whether to stop."""
-        if self._watched and it and it % self.options.eval_every == 0 and not gather_objects(
-                any("miou" in line and (line["stage"], line["iteration"]) == (stage, it) for line in read_log(self.folder)))[0]:
-            model, dataset = self._watched
-            broadcast_buffers(model)
-            loader = data.sweep_loader(dataset, self.options.workers, self.device.type == "cuda", self.rank, self.world)
-            matrix = self._matrix(itertools.takewhile(lambda _: not self._asked_to_stop, loader), model)
-            if any_process(self._asked_to_stop):                 # half a pass is no result: the next start repeats it
-                return True
-            means = metrics.percent(metrics.summary(matrix, self.classes))
-            self._log(stage=stage, iteration=it, miou=means)
-            print(f"{stage} {it}: " + "  ".join(f"{name} {value}" for name, value in means.items()), flush=True)
-            self._last = time.monotonic()
+        due = self._watched and it and it % self.options.eval_every == 0
+        if not due or gather_objects(self._has_point(stage, it))[0]:
+            return False
+        model, dataset = self._watched
+        broadcast_buffers(model)
+        loader = data.sweep_loader(dataset, self.options.workers, self.device.type == "cuda", self.rank, self.world)
+        images = itertools.takewhile(lambda _: not self._asked_to_stop, loader)
+        with self.autocast():
+            matrix = metrics.evaluate(model, images, len(self.classes), self.device)
+        if any_process(self._asked_to_stop):                     # half a pass is no result: the next start repeats it
+            return True
+        means = metrics.percent(metrics.summary(matrix, self.classes))
+        self._log(stage=stage, iteration=it, miou=means)
+        print(f"{stage} {it}: " + "  ".join(f"{name} {value}" for name, value in means.items()), flush=True)
+        self._last = time.monotonic()
         return False
 
     def _flush(self, stage: str, done: int, iterations: int, optimizers: list) -> None:
@@ -343,8 +339,7 @@ class Run:
             last = self.folder / "last.pt"
             raise UserError(f"loss {names[column]!r} became {values[row, column].item()} at iteration "
                             f"{done - len(values) + 1 + row} of stage {stage!r}; "
-                            f"{f'{last} from before it is kept' if last.exists() else 'nothing was saved yet'}; the same "
-                            "settings will probably meet it again: try a lower --lr or --amp none under a new --tag")
+                            f"{f'{last} from before it is kept' if last.exists() else 'nothing was saved yet'}; {REMEDY}")
         means = {name: round(value, 6) for name, value in zip(names, values.double().mean(dim=0).tolist(), strict=True)}
         now = time.monotonic()
         seconds, self._last = (now - self._last) / len(values), now
@@ -362,8 +357,8 @@ class Run:
         saved = {key: value.state_dict() for key, value in kept.items()}
         for key, values in saved.items():
             if not all(x.isfinite().all() for x in values.values() if isinstance(x, Tensor) and x.is_floating_point()):
-                raise UserError(f"{key!r} holds values that are not finite after iteration {iteration} of stage {stage!r}; "
-                                "no checkpoint was written: try a lower --lr or --amp none under a new --tag")
+                raise UserError(f"{key!r} holds values that are not finite after iteration {iteration} of stage {stage!r}, and "
+                                f"is not saved; {REMEDY}")
         self._write(self.folder / f"{file}.pt", {
             "method": self.method, "stage": stage, "iteration": iteration, "iterations": iterations, "state": saved,
             "structure": {key: asdict(value.structure) for key, value in kept.items() if isinstance(value, DeepLab)},
@@ -377,21 +372,24 @@ class Run:
 
     def _resume(self, stage: str, state: dict, note: dict | None) -> int:
         """Restore `last.pt` if it is of this stage. Returns: the iteration to start with."""
-        start, last = 0, gather_objects((self.folder / "last.pt").exists())[0] and self._checkpoint("last")
-        if last and last["stage"] == stage:
+        start, last = 0, self._checkpoint("last") if self._has("last.pt") else {}
+        if last.get("stage") == stage:
             restore(last["state"], state)
             start = last["iteration"]
             print(f"{stage}: resuming at iteration {start}", flush=True)
         else:
-            self._check_nothing_is_stale(stage)
+            self._check_nothing_is_stale(stage, f"{stage}.pt")
         if self.rank == 0:                                       # later lines are from after the checkpoint
-            self._cut_log(lambda line: line["stage"] == stage and line["iteration"] >= start + (start > 0))
+            end = start + (start > 0)
+            lines = [line for line in read_log(self.folder) if line["stage"] != stage or line["iteration"] < end]
+            text = "".join(json.dumps(line) + "\n" for line in lines).encode()
+            write_atomically(self.folder / "log.jsonl", lambda file: file.write(text))
             if note and start == 0:
                 self._log(stage=stage, iteration=0, **note)
         return start
 
-    def _finished(self, stage: str) -> bool:
-        return gather_objects((self.folder / f"{stage}.pt").exists())[0]     # the first process's view of a network's disk
+    def _has(self, file: str) -> bool:
+        return gather_objects((self.folder / file).exists())[0]  # the first process's view: others' may be late, over a network
 
     def _checkpoint(self, name: str) -> dict:
         """The checkpoint of this name in the run's folder; one of another script is refused."""
@@ -405,7 +403,7 @@ class Run:
         """Name and content of the checkpoint from which this start goes on, or which it evaluates; {}: begin with --init."""
         options = self.options
         last = self.stages.index(options.stage) + options.eval if options.stage else len(self.stages)
-        done = [stage for stage in self.stages[:last] if self._finished(stage)]
+        done = [stage for stage in self.stages[:last] if self._has(f"{stage}.pt")]
         if self._base and (options.eval or not done):
             return Path(options.from_).stem, self._base
         checkpoint = self._checkpoint(done[-1]) if done else {}
@@ -426,39 +424,36 @@ class Run:
         if self.rank == 0 and changed:
             write_json(path, new)
 
-    def _check_nothing_is_stale(self, stage: str) -> None:
-        """A stage that starts anew must not meet what an earlier training of it led to."""
+    def _check_nothing_is_stale(self, stage: str, missing: str) -> None:
+        """What a stage needs, or the stage itself, must not be made anew under what an earlier one led to."""
         later = self.stages[self.stages.index(stage) + 1:]
-        left = [path.name for name in later for pattern in ("", "-*") for path in self.folder.glob(f"{name}{pattern}.pt")]
+        left = [f"{stage}.pt"] * self._has(f"{stage}.pt")
+        left += [path.name for name in later for pattern in ("", "-*") for path in self.folder.glob(f"{name}{pattern}.pt")]
         left += [f"{name!r} in results.json" for name in (stage, *later) if name in self.results()]
-        if left or self._finished(stage):
-            raise UserError(f"{self.folder} has no {stage}.pt, but what came after it ({', '.join(left)}): "
+        if left:
+            raise UserError(f"{self.folder} has no {missing}, but what came after it ({', '.join(left)}): "
                             "delete the folder, or give this run another --tag")
 
     def _select(self) -> tuple[str, ...]:
         """The stages of this start: --stage, or those after the one that --from finished, or all."""
-        stage, base, first = self.options.stage, self._base, 0
+        stage, base, path, first = self.options.stage, self._base, self.options.from_, 0
         if self.options.eval:
             return self.stages
         if base:
             if base.get("iteration", 0) < base.get("iterations", 0):
-                raise UserError(f"--from {self.options.from_} is from inside the stage {base['stage']!r}; start that run "
-                                "again to finish it")
-            own = base.get("method", self.method) == self.method and base["stage"] in self.stages
+                raise UserError(f"--from {path} is from inside the stage {base['stage']!r}; start that run again to finish it")
+            method = base.get("method", self.method)
+            own = method == self.method and base["stage"] in self.stages
             first = self.stages.index(base["stage"]) + 1 if own else len(self.stages)
             if first == len(self.stages) and not stage:
-                raise UserError(f"--from {self.options.from_} finished {base['stage']!r} of {base['method']}.py, and no stage "
-                                f"of this run ({', '.join(self.stages)}) follows: add a --stage to start from it, or --eval")
+                raise UserError(f"--from {path} finished {base['stage']!r} of {method}.py, and no stage of this run follows: "
+                                f"add --stage {' or '.join(self.stages)} to start from it, or --eval")
         elif stage and stage != self.stages[0]:
-            before = self.stages[self.stages.index(stage) - 1]
-            if not self._finished(before):
-                raise UserError(f"--stage {stage} needs {self.folder / before}.pt, which does not exist: "
-                                f"run --stage {before} first or give --from CHECKPOINT")
+            before = self.folder / f"{self.stages[self.stages.index(stage) - 1]}.pt"
+            if not self._has(before.name):
+                raise UserError(f"--stage {stage} needs {before}, which does not exist: run --stage {before.stem} first, or "
+                                "give --from CHECKPOINT")
         return (stage,) if stage else self.stages[first:]
-
-    def _to_device(self, batch: list) -> tuple:
-        image, label, _, *maps = batch
-        return self.place(image), *(x.to(self.device, non_blocking=True) for x in (label, *maps))
 
     def _log(self, **record) -> None:
         """Append one line to log.jsonl."""
@@ -470,24 +465,18 @@ class Run:
                 raise UserError(f"cannot write {self.folder / 'log.jsonl'}: {error.strerror}; make room, then start again to "
                                 "resume") from error
 
-    def _cut_log(self, drop: Callable[[dict], bool]) -> None:
-        text = "".join(json.dumps(line) + "\n" for line in read_log(self.folder) if not drop(line)).encode()
-        write_atomically(self.folder / "log.jsonl", lambda file: file.write(text))
-
     @contextlib.contextmanager
     def _stop_signals(self):
-        """Turn SIGINT or SIGTERM into a clean stop after the iteration under way. The same signal often comes twice, from a
-        scheduler and from torchrun; one that comes seconds later is not held up."""
+        """Turn SIGINT or SIGTERM into a clean stop after the iteration under way. A signal often comes twice, from a scheduler
+        and from torchrun; one that comes seconds later is not held up."""
         def ask_to_stop(number, frame):
             if self._asked_to_stop and time.monotonic() - self._asked_to_stop > 2:
                 signal.signal(number, previous[number])
                 os.kill(os.getpid(), number)
             self._asked_to_stop = self._asked_to_stop or time.monotonic()
 
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-        previous = {number: signal.signal(number, ask_to_stop) for number in (signal.SIGINT, signal.SIGTERM)}
+        numbers = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
+        previous = {number: signal.signal(number, ask_to_stop) for number in numbers}
         try:
             yield
         finally:
@@ -527,15 +516,10 @@ def check_settings(options: Options, stages: tuple[str, ...], sizes: dict, large
                             "smaller crop or larger images")
 
 
-def poly_rate(initial: float, iteration: int, iterations: int, power: float = 0.9) -> float:
-    """The learning rate at an iteration: initial * (1 - iteration / iterations)^power."""
-    return initial * (1 - iteration / iterations) ** power
-
-
 def set_rates(optimizers: list, iteration: int, iterations: int) -> None:
-    """Give every parameter group its rate at an iteration, from the rate that it began with."""
+    """The poly rate of every parameter group: the rate it began with * (1 - iteration / iterations)^0.9."""
     for group in (group for optimizer in optimizers for group in optimizer.param_groups):
-        group["lr"] = poly_rate(group.setdefault("initial_lr", group["lr"]), iteration, iterations)
+        group["lr"] = group.setdefault("initial_lr", group["lr"]) * (1 - iteration / iterations) ** 0.9
 
 
 def restore(saved: dict, state: dict) -> None:

@@ -74,14 +74,14 @@ def parse(prog: str, doc: str, classes: tuple[type, ...], argv: list[str] | None
             paper = f"; paper: {paper_value(field)}" if cls is classes[0] else ""
             how: dict = {"dest": field.name, "default": field.default,
                          "help": f"{field.metadata['help']} [{show(field.default)}{paper}]".replace("%", "%%")}
+            kinds = typing.get_args(kind)
             if kind is bool:
                 how["action"] = argparse.BooleanOptionalAction
             else:
-                how |= {"type": _reader(field, (typing.get_args(kind) or (kind,))[0]), "metavar": "X",
-                        "choices": field.metadata["choices"] or None, "nargs": _count(kind)}
+                how |= {"type": _reader(field, (kinds or (kind,))[0]), "choices": field.metadata["choices"] or None,
+                        "metavar": "X", "nargs": None if not kinds else "+" if kinds[-1] is ... else len(kinds)}
             group.add_argument(flag(field.name), **how)
-    small = (toy or {}) if "--toy" in argv else {}
-    parser.set_defaults(command=shlex.join([sys.executable, prog, *argv]), **small)
+    parser.set_defaults(command=shlex.join([sys.executable, prog, *argv]), **(toy if toy and "--toy" in argv else {}))
     values = {name: tuple(value) if isinstance(value, list) else value for name, value in vars(parser.parse_args(argv)).items()}
     return tuple(cls(**{field.name: values[field.name] for field in dataclasses.fields(cls)}) for cls in classes)
 
@@ -138,12 +138,6 @@ def flags(cls: type):
         if field.metadata:
             kind = hints[field.name]
             yield field, typing.get_args(kind)[0] if isinstance(kind, types.UnionType) else kind
-
-
-def _count(kind) -> int | str | None:
-    """How many texts a flag takes: two for tuple[float, float], any number for tuple[float, ...]."""
-    kinds = typing.get_args(kind)
-    return None if not kinds else "+" if kinds[-1] is ... else len(kinds)
 
 
 def _reader(field: dataclasses.Field, kind):

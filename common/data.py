@@ -53,7 +53,6 @@ _UNDEFINED = 254                                                 # in a table fr
 @dataclass(frozen=True)
 class ClassList:
     """The classes a head predicts, in the order of their indices; means: name of a reported mean -> indices it runs over."""
-
     names: tuple[str, ...]
     colors: tuple[tuple[int, int, int], ...]
     train_ids: tuple[int, ...]
@@ -87,7 +86,6 @@ def _index_table(dataset: str, classes: ClassList) -> np.ndarray:
 
 class Pair(NamedTuple):
     """One image. `name` is its path below the split's folder without its ending: "aachen/aachen_000000_000019"."""
-
     image: Path
     label: Path | None
     name: str
@@ -118,12 +116,10 @@ def find_pairs(root: str | Path, dataset: str, split: str = "train", *, images: 
 
     Args:
         root: the folder that holds gta5/, synthia/, cityscapes/ and crosscity/.
-        dataset: "gta5", "synthia", "cityscapes" or "crosscity"; split: "train" or "val", which GTA5 and SYNTHIA lack.
+        dataset: one of these; split: "train" or "val", which GTA5 and SYNTHIA lack; city: Cross-City's city.
         images: a folder with files of the same names to be read instead of the images (translated images).
-        city: Cross-City's city.
         labels: False if labels are not needed, so that `label` is None, as it is in Cross-City's "train".
-    Raises: UserError for a missing folder (with the expected tree and what is there), an image without its label,
-        a label without its image, a city that is not there.
+    Raises: UserError for a missing folder (with the expected tree and what is there), city, label or image.
     """
     layout, root = _LAYOUTS.get(dataset), Path(root)
     if not layout or split not in layout.splits:
@@ -216,8 +212,7 @@ def read_resized(path: Path, size: Size | None) -> Tensor:
 def read_label(path: str | Path, dataset: str, classes: ClassList) -> Tensor:
     """Read a label file of `dataset` as uint8 (H,W) of class indices 0..K-1, 255 where no class of the list is.
 
-    GTA5's palette PNGs hold ids as palette indices, Cityscapes' and Cross-City's files hold ids as grey values,
-    SYNTHIA's hold them in the first channel of 16-bit RGB.
+    GTA5's ids are palette indices, Cityscapes' and Cross-City's grey values, SYNTHIA's the first channel of 16-bit RGB.
     Raises: UserError naming a file that is missing, damaged, of another pixel type, or has ids its dataset lacks.
     """
     ids = _read_synthia_ids(path) if dataset == "synthia" else _read_ids(path)
@@ -260,9 +255,8 @@ class Augment:
     """Random changes of a training item, made in the order scale, flip, crop, jitter.
 
     scale: range of a uniform factor on the size. flip: left-right with probability 1/2. crop: a window of this size, padded
-    where the image is smaller (image with the mean colour, label and maps with 255). jitter: strength of brightness, contrast
-    and saturation changes, 0.4 of it for hue; 0 is none.
-    """
+    where the image is smaller (with the mean colour; label and maps with 255). jitter: strength of brightness, contrast and
+    saturation changes, 0.4 of it for hue."""
 
     flip: bool = False
     jitter: float = 0.0
@@ -279,13 +273,11 @@ class SegmentationDataset(Dataset):
 
     dataset[index, seed]: a training item (image, label, name, *maps), all of one size, augmented by `seed` alone.
     dataset[index]: an evaluation item, not augmented; its label has its own resolution.
-
     image is float32 (3,H,W), normalised by ImageNet's mean and standard deviation; label and maps are int64 (H,W), the
     label with class indices and 255. Without a label file the label is 255 everywhere, of the image's size.
 
     Args:
-        pairs: what `find_pairs` returned. dataset: whose labels they are; decides reader and ids.
-        classes: the class list whose indices the labels get.
+        pairs: what `find_pairs` returned; dataset: whose labels they are; classes: whose indices the labels get.
         size: images are resized to it (antialiased), training labels and maps too (nearest); None: own size.
         maps: folders with one 8-bit one-channel PNG `<folder>/<name>.png` per image, of the size that images have here.
         transform: called with (image float32 (3,H,W) in [0,1], seed, name) after the resize of a training item, before its
@@ -395,8 +387,7 @@ def batch_order(length: int, batch_size: int, iterations: int, seed: int, start:
     """For each iteration from `start` on this process's batch, a list of (index, item seed).
 
     Sample number n of the run is at position n % length of epoch n // length; every epoch has its own permutation.
-    `world` processes with batches of `batch_size` see together what one process with world * batch_size sees.
-    """
+    `world` processes with batches of `batch_size` see together what one process with world * batch_size sees."""
     epoch, order = -1, []
     for iteration in range(start, iterations):
         batch = []

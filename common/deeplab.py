@@ -29,8 +29,6 @@ from common.files import UserError
 # The weights of the papers' years; torchvision's later IMAGENET1K_V2 come from a stronger training recipe.
 IMAGENET = {name: models.get_model_weights(name).IMAGENET1K_V1 for name in ("resnet101", "resnet50", "resnet18", "vgg16")}
 
-FREEZE_BN = ("all", "encoder", "affine", "none")
-
 
 @dataclass(frozen=True)
 class Structure:
@@ -62,9 +60,9 @@ def at_least_float32(x: Tensor) -> Tensor:
 def dilate(layer: nn.Sequential, first: int, dilations: Sequence[int]) -> None:
     """Remove the stride of a ResNet layer and dilate its 3x3 convolutions instead, in place.
 
-    Works on Bottleneck and on BasicBlock, which torchvision's replace_stride_with_dilation refuses. With dilations
-    twice `first` (the dilation of the convolution that carried the stride), every second output is what the strided
-    layer would compute. `dilations` holds one number per block, for its other 3x3 convolutions.
+    Works on BasicBlock too, which torchvision's replace_stride_with_dilation refuses. With dilations twice `first` (that of
+    the convolution that carried the stride), every second output is what the strided layer would compute. `dilations` holds
+    one number per block, for its other 3x3 convolutions.
     """
     for block, dilation in zip(layer, dilations):
         for conv in block.modules():
@@ -142,9 +140,8 @@ def conv_bn_relu(in_channels: int, out_channels: int, kernel: int = 1, dilation:
 
 
 class SummedASPP(nn.Module):
-    """v2's classifier: 3x3 convolutions with dilations 6, 12, 18 and 24, or the first of them, summed.
-
-    forward: (N, D, h, w) -> (N, K, h, w)."""
+    """v2's classifier: 3x3 convolutions with dilations 6, 12, 18 and 24, or the first of them, summed: (N, D, h, w) ->
+    (N, K, h, w)."""
 
     def __init__(self, in_channels: int, num_classes: int, branches: int = 4) -> None:
         super().__init__()
@@ -176,9 +173,7 @@ class ASPP(nn.Module):
 
 class DeepLab(nn.Module):
     """What both networks share: the check of their input, frozen batch norm, and rates. Each has its own `features`.
-
-    Raises: UserError for an unknown backbone; `forward`: ValueError for an input of another rank or channel count.
-    """
+    Raises: UserError for an unknown backbone; `forward`: ValueError for an input of another rank or channel count."""
 
     network = ""     # its name in `build_model`
     head_rate = 1    # the head's learning rate as a multiple of the network's
@@ -205,12 +200,12 @@ class DeepLab(nn.Module):
     def freeze_bn(self, which: str) -> None:
         """Freeze the batch norms of "all" modules, of the "encoder", or of "none" (which thaws them).
 
-        Frozen means, also after `model.train()`, that the running statistics are used and kept and that the affine
-        parameters get no gradient. "affine" freezes only the affine parameters of the encoder's: batch statistics are used,
-        running statistics updated. Call it before `parameter_groups`. Raises ValueError for another word.
+        Frozen means, also after `model.train()`, that running statistics are used and kept, and affine parameters have no
+        gradient. "affine" freezes only the encoder's affine parameters: batch statistics are used, running ones updated. Call
+        it before `parameter_groups`. Raises ValueError for another word.
         """
-        if which not in FREEZE_BN:
-            raise ValueError(f"freeze_bn must be one of {', '.join(FREEZE_BN)}, not {which!r}")
+        if which not in ("all", "encoder", "affine", "none"):
+            raise ValueError(f"freeze_bn must be all, encoder, affine or none, not {which!r}")
         self.frozen_bn = which
         fixed = batch_norms({"all": self, "none": nn.Identity()}.get(which, self.encoder))
         for m in batch_norms(self):
@@ -331,6 +326,5 @@ def imagenet_weights(backbone: str) -> dict:
     except Exception as error:    # a download or a damaged file raises almost anything
         cause = f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
         why = "cannot be read, delete it" if file.exists() else "is not there and did not download"
-        raise UserError(
-            f"ImageNet weights {file.name} in {file.parent}: the file {why} ({cause}); put it there, or give --init "
-            "PATH (a file) or --init none (random weights)") from error
+        raise UserError(f"ImageNet weights {file.name} in {file.parent}: the file {why} ({cause}); put it there, or give "
+                        "--init PATH (a file) or --init none (random weights)") from error

@@ -52,11 +52,9 @@ def gather_objects(own) -> list:
 
 def gather(x: Tensor) -> Tensor:
     """(N, ..) of this process -> (world N, ..) of all, in the order of one process's batch; without a gradient."""
-    own = x.detach().contiguous()
-    each = [torch.empty_like(own) for _ in range(world_size())]
-    if len(each) == 1:
-        return own
-    distributed.all_gather(each, own)
+    each = [x.detach().contiguous().clone() for _ in range(world_size())]
+    if len(each) > 1:
+        distributed.all_gather(each, each[0].clone())
     return torch.cat(each)
 
 
@@ -89,9 +87,7 @@ def parallel(module: nn.Module) -> nn.Module:
 
 def labelled_mean(values: Tensor, mask: Tensor) -> Tensor:
     """Mean of `values` where `mask` is true, over the pixels of all processes; exactly 0 where there are none.
-
-    DistributedDataParallel averages the processes' gradients, hence the factor world.
-    """
+    DistributedDataParallel averages the processes' gradients, hence the factor `world_size()`."""
     count = mask.sum()
     sum_over_processes(count)
     return (values * mask).sum() * world_size() / count.clamp(min=1)

@@ -22,11 +22,21 @@ class UserError(Exception):
     """Something the user can fix. Its message is one sentence that says what is wrong and the way out."""
 
 
+@contextlib.contextmanager
+def writing(path: str | os.PathLike):
+    """What goes wrong with the disk meanwhile becomes a UserError."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:                     # torch.save reports a full disk as RuntimeError
+        why = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        raise UserError(f"cannot write {path}: {why}; make room or choose another folder, then start again") from error
+
+
 def write_atomically(path: str | os.PathLike, save: Callable[[BinaryIO], object]) -> None:
     """Write a file through `save(file)`; a reader sees the old file or the whole new one. Raises UserError if it cannot."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
+    with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             with open(temporary, "wb") as file:
@@ -36,9 +46,6 @@ def write_atomically(path: str | os.PathLike, save: Callable[[BinaryIO], object]
             os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
-    except (OSError, RuntimeError) as error:                 # torch.save reports a full disk as RuntimeError
-        why = getattr(error, "strerror", None) or str(error).splitlines()[0]
-        raise UserError(f"cannot write {path}: {why}; make room or choose another folder, then start again") from error
 
 
 def load(path: str | Path, what: str = "checkpoint", remedy: str = "give another file"):
@@ -83,13 +90,10 @@ def read_log(folder: Path) -> list[dict]:
 
 
 def lock(folder: Path):
-    """An open file; no other process can lock the folder as long as it lives. Removes what a killed process has written half.
-    Raises UserError if another process has locked the folder."""
-    try:
+    """Lock a folder while the returned file is open; remove half-written files. Raises UserError if another process has it."""
+    with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         held = open(folder / ".lock", "a")                                   # noqa: SIM115 (for the rest of the process)
-    except OSError as error:
-        raise UserError(f"cannot write into {folder}: {error.strerror}; choose another folder by --runs") from error
     try:
         if fcntl:
             fcntl.lockf(held, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Iterable, Sequence
 
@@ -16,10 +15,9 @@ from common.distributed import sum_over_processes
 
 
 def confusion_matrix(prediction: Tensor, label: Tensor, num_classes: int) -> Tensor:
-    """Count the pixels of each (label, prediction) pair of classes.
+    """Count the pixels of each (label, prediction) pair of classes: (K,K) int64 on the label's device, rows = label.
 
     Args: prediction (..) integer, 0..K-1 wherever there is a label; label (..) integer, 0..K-1, or 255, which is ignored.
-    Returns: (K,K) int64 on the label's device, rows = label, columns = prediction.
     Raises: ValueError for another value, for tensors of two shapes, and for floats.
     """
     if prediction.shape != label.shape or prediction.is_floating_point() or label.is_floating_point():
@@ -42,10 +40,8 @@ def iou(matrix: Tensor) -> Tensor:
 
 
 def mean_iou(matrix: Tensor, indices: Sequence[int] | None = None, present: bool = False) -> float:
-    """Mean IoU in [0, 1] over the given classes (default: all) that have an IoU; NaN if none has one.
-
-    With `present`, over those that occur in the labels: a stray pixel predicted as an absent class costs nothing then.
-    """
+    """Mean IoU in [0, 1] over the given classes (default: all) that have an IoU; NaN if none has one. With `present`, over
+    those that occur in the labels: a stray pixel predicted as an absent class costs nothing then."""
     scores = torch.where(matrix.cpu().sum(dim=1) > 0, iou(matrix), torch.nan) if present else iou(matrix)
     return float((scores if indices is None else scores[list(indices)]).nanmean())
 
@@ -56,7 +52,6 @@ def predict(model: nn.Module, image: Tensor, size: tuple[int, int], scales: Sequ
     """Predict the classes of images at a size of one's choice, with the model in the mode that it is in.
 
     With several views (scales, each also mirrored with `flip`) the mean of the softmaxes of their upsampled logits decides.
-
     Args: model returns (feat, logits (N,K,h',w')); image (N,3,h,w) float32, normalised; size (H, W) of the result.
     Returns: (N,H,W) int64, classes 0..K-1.
     """
@@ -81,10 +76,7 @@ def predict(model: nn.Module, image: Tensor, size: tuple[int, int], scales: Sequ
 @torch.no_grad()
 def evaluate(model: nn.Module, loader: Iterable, num_classes: int, device: torch.device | str,
              scales: Sequence[float] = (1.0,), flip: bool = False) -> Tensor:
-    """Confusion matrix of a model over the (image, label, ...) of all processes, compared at the labels' own resolution.
-
-    Returns: (K,K) int64 on the CPU.
-    """
+    """Confusion matrix of a model over the (image, label, ...) of all processes, at the labels' own resolution, on the CPU."""
     training, matrix = model.training, torch.zeros(num_classes, num_classes, dtype=torch.int64, device=device)
     model.eval()
     for image, label, *_ in loader:
@@ -109,18 +101,6 @@ def percent(result: dict) -> dict[str, float]:
     return {name: round(100 * value, 2) for name, value in result.items() if isinstance(value, float)}
 
 
-def score_table(matrices: dict[str, Tensor], classes: ClassList) -> str:
-    """IoUs in percent: one row per class and per mean, one column per model.
-
-    Args: matrices: column title -> (K,K) confusion matrix.  Returns: lines without a final newline.
-    """
-    means = list(itertools.product((False, True), classes.means.items()))
-    columns = {title: [100 * score for score in (*iou(m).tolist(), *(mean_iou(m, k, present) for present, (_, k) in means))]
-               for title, m in matrices.items()}
-    lines = table(columns, [*classes.names, *(name + " present" * present for present, (name, _) in means)]).split("\n")
-    return "\n".join([*lines[:len(classes) + 2], "-" * len(lines[0]), *lines[len(classes) + 2:]])
-
-
 def table(columns: dict[str, Sequence[float | None]], names: Sequence[str], digits: int = 1) -> str:
     """Plain text: one row per name, one column per entry of `columns`; "-" for None and NaN."""
     rows = [["", *columns]]
@@ -134,3 +114,10 @@ def table(columns: dict[str, Sequence[float | None]], names: Sequence[str], digi
 def print_table(title: str, columns: dict[str, Sequence[float | None]], names: Sequence[str], digits: int = 1) -> None:
     """Print a `table` below its title."""
     print(f"\n{title}\n{table(columns, names, digits)}", flush=True)
+
+
+def print_scores(title: str, results: dict[str, dict]) -> None:
+    """Print a `summary` per column, in percent: the IoU of each class, then the means."""
+    scores = [{**r["iou"], **{name: value for name, value in r.items() if isinstance(value, float)}} for r in results.values()]
+    columns = {name: [x if x is None else 100 * x for x in column.values()] for name, column in zip(results, scores)}
+    print_table(title, columns, list(scores[0]))

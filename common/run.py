@@ -30,9 +30,9 @@ from torch import Tensor, nn
 
 from common import data, metrics, viz
 from common.cli import Size, flag, option, to_json
-from common.deeplab import DeepLab, Structure, build_model, make_network, resize_label
+from common.deeplab import DeepLab, Structure, build_model, make_network
 from common.distributed import any_process, barrier, broadcast_buffers, choose_device, gather_objects, join, sum_over_processes
-from common.files import UserError, load, lock, read_json, read_log, write_atomically, write_json
+from common.files import UserError, load, lock, read_json, read_log, write_atomically, write_json, writing
 
 REMEDY = "try a lower --lr or --amp none under a new --tag"     # against values that are not finite
 
@@ -81,8 +81,7 @@ class Run:
     """One run of a script in its own folder.
 
     Args:
-        method: the script's name, the first part of the folder's name; cfg, options: what `cli.parse` gave.
-        stages: the names of the script's stages, in order.
+        method: the script's name; cfg, options: what `cli.parse` gave; stages: their names, in order.
         sizes: domain -> the size of its images where no flag gives one; None or absent: their own.
         largest_scale: of the random resize in training, against which the crop is checked.
     Raises: UserError for settings that make no sense or differ from the folder's, and for a device that is unavailable.
@@ -261,7 +260,9 @@ class Run:
                 matrix = metrics.evaluate(model, self.sweep(f"{name}, {test}", dataset), len(self.classes), self.device, **how)
             results[name][test] = metrics.summary(matrix, self.classes)
         if not self.options.eval and self.rank == 0:
-            self._draw_predictions(name, model, dataset)
+            with self.autocast():
+                rows = viz.prediction_rows(model, dataset, self.classes, self.place)
+            self.draw(f"{name}.png", rows, ["image", "overlay", f"prediction ({name})", "label"])
             last = max((line["iteration"] for line in read_log(self.folder) if line["stage"] == name), default=0)
             if not self._has_point(name, last):
                 self._log(stage=name, iteration=last, miou=metrics.percent(next(iter(results[name].values()))))
@@ -282,25 +283,10 @@ class Run:
             viz.contact_sheet(self.folder / name, rows, titles)
             print(f"pictures: {self.folder / name}", flush=True)
 
-    # ---------------------------------------------------------------- mechanics
-
-    def _draw_predictions(self, name: str, model: nn.Module, dataset) -> None:
-        rows, training, step = [], model.training, max(1, len(dataset) // 4)
-        model.eval()
-        for image, label, *_ in (dataset[k] for k in range(0, len(dataset), step)[:4]):
-            size, photo = image.shape[-2:], viz.denormalise(image)
-            with self.autocast():
-                prediction = metrics.predict(model, self.place(image[None]), size)[0]
-            maps = [viz.colorize(y, self.classes) for y in (prediction, resize_label(label[None], size)[0])]
-            rows.append([photo, viz.overlay(photo, prediction, self.classes), *maps])
-        model.train(training)
-        self.draw(f"{name}.png", rows, ["image", "overlay", f"prediction ({name})", "label"])
-
     def _print_table(self, results: dict) -> None:
-        columns = {stage + f", {test}" * (test != "single-scale"): torch.tensor(result["matrix"])
-                   for stage, tests in results.items() for test, result in tests.items()}
-        print(f"\nIoU in percent{', trained with target labels: an upper bound' * self.options.target_labels}")
-        print(metrics.score_table(columns, self.classes), end="\n\n", flush=True)
+        title = f"IoU in percent{', trained with target labels: an upper bound' * self.options.target_labels}"
+        metrics.print_scores(title, {stage + f", {test}" * (test != "single-scale"): result
+                                     for stage, tests in results.items() for test, result in tests.items()})
 
     def _has_point(self, stage: str, iteration: int) -> bool:
         """Whether the log has the mIoU of this iteration."""
@@ -457,13 +443,10 @@ class Run:
 
     def _log(self, **record) -> None:
         """Append one line to log.jsonl."""
+        path = self.folder / "log.jsonl"
         if self.rank == 0:
-            try:
-                with open(self.folder / "log.jsonl", "a", encoding="utf-8") as file:
-                    file.write(json.dumps(record) + "\n")
-            except OSError as error:
-                raise UserError(f"cannot write {self.folder / 'log.jsonl'}: {error.strerror}; make room, then start again to "
-                                "resume") from error
+            with writing(path), open(path, "a", encoding="utf-8") as file:
+                file.write(json.dumps(record) + "\n")
 
     @contextlib.contextmanager
     def _stop_signals(self):

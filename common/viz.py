@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
-from torch import Tensor
+from torch import Tensor, nn
 
 from common.data import IGNORE, IMAGENET_MEAN, IMAGENET_STD, ClassList
+from common.deeplab import resize_label
 from common.files import write_atomically
+from common.metrics import predict
 
-INK, PAPER = (40, 40, 40), (255, 255, 255)
 GAP = 10                                                              # pixels between things
 
 
@@ -35,20 +36,29 @@ def denormalise(image: Tensor | np.ndarray) -> np.ndarray:
 
 def overlay(image: np.ndarray, label: Tensor | np.ndarray, classes: ClassList, alpha: float = 0.5) -> np.ndarray:
     """(1 - alpha) * image + alpha * colour of the class, rounded; the image shows unchanged where the label is 255.
-
-    Args: image (h,w,3) uint8; label (h,w) integer; alpha: 0 (image only) to 1 (colours only).  Returns: (h,w,3) uint8.
-    """
+    image (h,w,3) uint8; label (h,w) integer; alpha: 0 (image only) to 1 (colours only).  Returns: (h,w,3) uint8."""
     label = _array(label)
     blend = ((1 - alpha) * image + alpha * colorize(label, classes)).round().astype(np.uint8)
     return np.where((label == IGNORE)[..., None], image, blend)
+
+
+def prediction_rows(model: nn.Module, dataset, classes: ClassList, place: Callable) -> list[list[np.ndarray]]:
+    """Image, overlay, prediction and label of four evaluation items from all over a data set; `place` moves an image."""
+    rows, training = [], model.training
+    model.eval()
+    for image, label, *_ in (dataset[k] for k in range(0, len(dataset), max(1, len(dataset) // 4))[:4]):
+        photo, prediction = denormalise(image), predict(model, place(image[None]), tuple(image.shape[1:]))[0]
+        label = resize_label(label[None], image.shape[1:])[0]
+        rows.append([photo, overlay(photo, prediction, classes), colorize(prediction, classes), colorize(label, classes)])
+    model.train(training)
+    return rows
 
 
 def contact_sheet(path: str | os.PathLike, rows: Sequence[Sequence[np.ndarray]], titles: Sequence[str],
                   width: int = 400) -> None:
     """Write a sheet of pictures, a title above each column (image | prediction | label).
 
-    Args: rows of one (h,w,3) uint8 array of any size per title; width of each picture on the sheet, in pixels: a whole
-        multiple of a picture's own keeps its pixels exact.
+    Args: rows of one (h,w,3) uint8 array per title; width of each picture in pixels: a multiple of its own keeps them exact.
     Raises: ValueError if there is no row or the columns do not match; UserError if the file cannot be written.
     """
     if not rows or any(len(row) != len(titles) for row in rows):
@@ -57,12 +67,12 @@ def contact_sheet(path: str | os.PathLike, rows: Sequence[Sequence[np.ndarray]],
     panels = [[Image.fromarray(p).resize((width, max(1, round(width * p.shape[0] / p.shape[1]))), Image.Resampling.BOX)
                for p in row] for row in rows]
     heights = [max(panel.height for panel in row) for row in panels]
-    head = 30
-    sheet = Image.new("RGB", (GAP + len(titles) * (width + GAP), head + sum(heights) + GAP * len(rows)), PAPER)
+    head = top = 30
+    sheet = Image.new("RGB", (GAP + len(titles) * (width + GAP), head + sum(heights) + GAP * len(rows)), "white")
     draw = ImageDraw.Draw(sheet)
     for column, title in enumerate(titles):
-        draw.text((GAP + column * (width + GAP) + width / 2, head / 2), title, INK, ImageFont.load_default(18), anchor="mm")
-    top = head
+        middle = (GAP + column * (width + GAP) + width / 2, head / 2)
+        draw.text(middle, title, (40, 40, 40), ImageFont.load_default(18), anchor="mm")
     for row, height in zip(panels, heights):
         for column, panel in enumerate(row):
             sheet.paste(panel, (GAP + column * (width + GAP), top))

@@ -4,7 +4,7 @@ Zhang, Zhang, Liu, Tao. NeurIPS 2019. arXiv:1910.13049
 
 The mean source feature of each category is an anchor. Target pixels that lie clearly nearest to one anchor are active: they
 get its category as pseudo label and are drawn towards it. Anchors and labels are computed at the start of each of K stages
-from the model of the stage before, and stay fixed during the stage.
+from the model of the stage before, and stay fixed during the stage. Stages: source -> warmup -> stage1 .. stageK.
 
     Eqs. (2), (9), (11)  cross_entropy_loss             L_CE^s at image size, L_CE^t and L_CE^tP on the feature grid
     Eq. (4)              class_sums                     numerator and |Lambda_c| of a batch; source_anchors adds them up
@@ -12,18 +12,12 @@ from the model of the stage before, and stay fixed during the stage.
     Eqs. (6), (7)        anchor_pseudo_labels           d' - d* of Eq. (6) is nearest_anchor's
     Eqs. (8), (10)       distance_loss
     Eq. (11), labels     probability_pseudo_labels
-    Eq. (12)             train_stage                    the training stage itself
-    Sec. 3.4             adversarial_loss, discriminator_loss   global feature alignment of the warm-up
-    Sec. 4.1             Discriminator
-    Algorithm 1          main
+    Eq. (12)             train_stage                    the training stage itself; Algorithm 1 is main
+    Secs. 3.4, 4.1       adversarial_loss, discriminator_loss, Discriminator: the warm-up's global feature alignment
 
-    f_D, feat      the feature that enters the classifier            C          categories, index c
-    f_c^s          anchors, (C, D)                                    K          stages, index k;  M_k  their models
-    d, distance    Euclidean distance to the anchors                  Delta_d    `--margin`, of Eqs. (6) and (7)
-    a              active states; here: pseudo label is not 255       P_0        `--threshold`, of Eq. (11)
-    lambda1, lambda2   weights in Eq. (12)                            superscript P   from predicted probabilities
-
-Stages: source -> warmup -> stage1 .. stageK.
+    f_D, feat   the feature that enters the classifier       C, c      categories              K, k   stages;  M_k  their models
+    f_c^s       anchors, (C, D)                              d         Euclidean distance      superscript P   by probability
+    a           active states; here: label is not 255        Delta_d   `--margin`              P_0   `--threshold` of Eq. (11)
 
     python cag.py --toy                                      the toy city, some minutes on two cores
     python cag.py --source gta5                              the paper's GTA5 -> Cityscapes; again to resume
@@ -33,38 +27,39 @@ Stages: source -> warmup -> stage1 .. stageK.
     python cag.py --source gta5 --eval                       only evaluate what the run has reached
 
 Departures:
- 1. DeepLab v3+ with ResNet-101: the authors' code and pretrained models are v3+ and they confirm it; Sec. 3.2 and its figure
-    say v2. f_D is then the decoder's feature, 256 channels at stride 4, that enters the last 1x1 convolution.
- 2. Sums over pixels are means over the labelled pixels. The paper prints sums, whose scale would change with the image. The
-    squared distance stays a sum over the 256 channels, as printed: some 50 to 100, so that lambda1 = 0.3 weighs it far above
-    the cross entropies. Not run with the paper's data; in the short runs of the README it diverges or hurts, see TOY.
- 3. Anchors, active states and both kinds of labels are computed on the feature grid, from whole images at `source_size` and
-    `target_size` (automatic: their own), with ground truth brought to the grid by the nearest pixel. Labels are written
-    once a stage, enlarged to the image by the nearest pixel. L_CE^s is at image size, the target's terms are on the grid.
- 4. The warm-up's adversarial loss is that of [14] towards the source only: binary cross entropy on D(f_D), each domain's
-    half of D's loss weighs 0.5. Its category-specific part is not used: the paper says "global feature alignment". D is
-    trained by Adam (`lr_discriminator`, `beta1`, `beta2`). Sec. 4.1 gives its layers and the weight 0.01, nothing else.
- 5. An epoch is one pass over the target's training images; the paper says 20 epochs, not of what. The source stage's length
-    is not in the paper: `source_epochs`. Source stage and warm-up use the stages' SGD; the paper gives it for the stages only.
-    Every stage has its own optimizer, and its own iterations as the rate's horizon. `encoder_rate` is 1, one rate for all
-    weights; short runs from an ImageNet encoder need less for the encoder than for a decoder that starts at random.
- 6. The source stage freezes the batch norms of a pretrained encoder only (`--freeze-bn auto`): those of ASPP and decoder
-    start at random. Warm-up and stages freeze all, as Sec. 4.1 says. Batch 1 is one image of each domain. No dropout.
- 7. Eq. (11)'s active states are not printed: here the class with the highest probability, where that is strictly greater
-    than P_0, as in Eq. (6).
- 8. A class without a source pixel has no anchor (NaN, 0/0): it is never nearest, and its pixels are not in Eqs. (8) and (10).
- 9. Table 4's superscript P is printed LP, and not everywhere: the row "L_dis^LP + L_dis^LP" is read as L_dis^tP, "L_dis^s +
+ 1. Sec. 3.2 says DeepLab v2; the authors confirm v3+ with ResNet-101, as in their code. f_D is the decoder's feature, 256
+    channels at stride 4, that enters the last 1x1 convolution.
+ 2. Eqs. (2), (8)-(11): sums over pixels are means over the labelled ones, in Eq. (2) of the image, else of the feature grid.
+ 3. Eqs. (8), (10): the square is also a mean over f_D's channels, so that lambda1 = 0.3 trains at the paper's rate;
+    `--lambda1 76.8` (0.3 x 256) is the printed sum over channels.
+ 4. Sec. 3.2: anchors, active states and labels come from whole images at `source_size` and `target_size`, on the feature
+    grid; ground truth comes to the grid, and labels to the image, by the nearest pixel.
+ 5. Sec. 3.4: the adversarial loss is [14]'s towards the source only: binary cross entropy on D(f_D), each domain's half of D's
+    loss weighs 0.5. [14]'s category-specific part is not used: the paper says "global feature alignment".
+ 6. Sec. 4.1 gives D's layers and the weight 0.01 only; D is trained by Adam (`lr_discriminator`, `beta1`, `beta2`).
+ 7. Sec. 4.1: an epoch is one pass over the target's training images; the paper does not say over which set. It gives no
+    length of the source stage: 59,500 iterations, 20 x 2,975.
+ 8. Sec. 4.1 gives SGD for the stages only; source stage and warm-up use it too. Each stage has its own optimizer, and its
+    iterations as the rate's horizon. `encoder_rate` below 1 helps short runs from a pretrained encoder.
+ 9. Sec. 4.1 freezes all batch norms. The source stage freezes those of a pretrained encoder only, as the others start at
+    random. Batch 1 is one image of each domain. No dropout.
+10. Eq. (11)'s active states are not printed: the class with the highest probability, where it is greater than P_0.
+11. Eq. (4): a class without a source pixel has no anchor (NaN, 0/0); it is never nearest, and Eqs. (8), (10) skip its pixels.
+12. Table 4 prints the superscript P as LP, and not everywhere: the row "L_dis^LP + L_dis^LP" is read as L_dis^tP, "L_dis^s +
     L_dis^LP" as L_dis^s + L_dis^t, "L_CE^s + L_CE^LP" as L_CE^t + L_CE^tP.
-The authors' code differs from their paper in ways that are not taken: anchors of correctly predicted pixels only, as a running
-mean of per-image means whose count stops at 3,000; the distance loss as smooth L1 between per-image class means, rescaled;
-both target cross entropies at 0.5; pseudo labels made on each crop by a fixed copy of the warmed-up model; rate 1e-4, weight
-decay 2e-4, batch 4, crop 896x512, flips, batch norm trained. Misprints that do not matter here: SYNTHIA's images are
-1280x760, Cityscapes has 2,975 training images.
+The authors' code differs from their paper, which we do not follow:
+13. Eq. (4): anchors of correctly predicted pixels only, as a running mean of per-image means whose count stops at 3,000.
+14. Eqs. (8), (10): smooth L1 between anchors and per-image class means of the pixels predicted as their label, without classes
+    under 10 pixels, divided by 10 while above 5, times 10; its gradient is scaled by twice the class's share of the image.
+15. Eq. (12): weights 0.7 for the distances, 0.5 for each cross entropy of the target.
+16. Sec. 3.4: pseudo labels are made on each crop in training, by a fixed copy of the warmed-up model.
+17. Sec. 4.1: rate 1e-4, weight decay 2e-4, batch 4, crop 896x512, flips, batch norm trained, dropout before f_D, input RGB/255
+    without normalisation; the best checkpoint on the validation set is kept.
+Misprints without effect: SYNTHIA's images are 1280x760, Cityscapes has 2,975 training images.
 """
 
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from math import isnan
 from pathlib import Path
@@ -74,38 +69,32 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common import toycity
-from common.cli import Size, UserError, command, option, parse
-from common.data import IGNORE, Augment, ClassList, SegmentationDataset, class_list, load_tensors, save_label
+from common.cli import Size, command, option, parse
+from common.data import IGNORE, Augment, SegmentationDataset, save_label
 from common.deeplab import at_least_float32, resize_label, upsample
-from common.metrics import LOG_BINS, log_histogram, log_quantiles
-from common.run import Options, Run, check_domains, sum_over_processes, wait_for_processes
+from common.distributed import labelled_mean, parallel, sum_over_processes
+from common.files import UserError
+from common.run import Options, Run
 from common.viz import colorize, denormalise
 
 TERMS = ("ce_t", "ce_tP", "dis_s", "dis_t", "dis_tP")
 KINDS = ("anchor_labels", "probability_labels")        # of pseudo labels: their folders' names
-QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
+LOG_BINS = 1280                                        # of the histogram of d' - d*: 32 per octave, 2^-20 to 2^20
 
 
 @dataclass
 class Config:
     """the method; † marks what the paper does not give"""
 
-    source: str = option("gta5", "source domain", choices=("gta5", "synthia", "cityscapes"))
-    target: str = option("cityscapes", "target domain", choices=("cityscapes", "crosscity"))
-    city: str = option("Rome", "city of Cross-City", choices=("Rome", "Rio", "Tokyo", "Taipei"))
     backbone: str = option("resnet101", "encoder of DeepLab v3+", paper="resnet101", section="Sec. 3.2",
                            choices=("resnet101", "resnet50", "resnet18"))
-    freeze_bn: str = option("auto", "batch norm kept fixed in the source stage; auto: encoder, or none with --init none",
-                            choices=("auto", "all", "encoder", "none"))
     adapt_freeze_bn: str = option("all", "batch norm kept fixed in warm-up and stages", paper="all", section="Sec. 4.1",
                                   choices=("all", "encoder", "none"))
     warmup: bool = option(True, "warm up before stage 1", paper=True, section="Sec. 3.4")
     K: int = option(3, "stages after the warm-up", paper=3, section="Table 4", low=1)
-    margin: float = option(2.5, "Delta_d of Eqs. (6) and (7)", paper=2.5, section="Sec. 4.1", low=0.0)
-    threshold: float = option(0.95, "P_0, probability above which Eq. (11) takes a pixel", paper=0.95, section="Sec. 4.1",
-                              low=0.0, high=1.0)
-    lambda1: float = option(0.3, "weight of the distance losses, Eq. (12)", paper=0.3, section="Sec. 4.1", low=0.0)
+    margin: float = option(2.5, "Delta_d: about half the distance of nearest anchors", paper=2.5, section="Sec. 4.1", low=0.0)
+    threshold: float = option(0.95, "P_0, a probability, of Eq. (11)", paper=0.95, section="Sec. 4.1", low=0.0, high=1.0)
+    lambda1: float = option(0.3, "distances' weight in Eq. (12); 76.8: the printed sum", paper=0.3, section="Sec. 4.1", low=0.0)
     lambda2: float = option(0.7, "weight of the target's cross entropies, Eq. (12)", paper=0.7, section="Sec. 4.1", low=0.0)
     lambda_adv: float = option(0.01, "weight of the warm-up's adversarial loss", paper=0.01, section="Sec. 4.1", low=0.0)
     terms: tuple[str, ...] = option(("ce_t", "ce_tP", "dis_s", "dis_t"), "terms of Eq. (12) besides L_CE^s; dis_tP: Table 4",
@@ -118,16 +107,11 @@ class Config:
     lr_discriminator: float = option(1e-4, "Adam's initial rate for D", low=0.0)
     beta1: float = option(0.9, "Adam's beta_1 for D", low=0.0, high=0.99999)
     beta2: float = option(0.99, "Adam's beta_2 for D", low=0.0, high=0.99999)
-    source_epochs: float = option(20.0, "length of the source stage, in passes over the target's images", low=1e-3)
-    warmup_epochs: float = option(20.0, "length of the warm-up, in passes over the target's images", paper=20.0,
-                                  section="Sec. 4.1", low=1e-3)
-    stage_epochs: float = option(20.0, "length of each stage, in passes over the target's images", paper=20.0,
-                                 section="Sec. 4.1", low=1e-3)
-    batch_size: int = option(1, "images a batch, of each domain", paper=1, section="Sec. 4.1", low=1)
-    source_size: Size | None = option(None, "source images are resized to it; automatic: their own size")
-    target_size: Size | None = option(None, "target images are resized to it, also in the test; automatic: their own size")
-    scale: tuple[float, ...] = option((1.0, 1.5), "range of the random resize in training", paper=(1.0, 1.5),
-                                      section="Sec. 4.1", low=0.1)
+    source_iterations: int = option(59_500, "length of the source stage; 20 x 2,975", low=1)
+    warmup_epochs: float = option(20.0, "warm-up's length, in passes over the target", paper=20.0, section="Sec. 4.1", low=1e-3)
+    stage_epochs: float = option(20.0, "a stage's length, in passes over the target", paper=20.0, section="Sec. 4.1", low=1e-3)
+    batch_size: int = option(1, "images per batch and domain", paper=1, section="Sec. 4.1", low=1)
+    scale: tuple[float, ...] = option((1.0, 1.5), "range of the random resize", paper=(1.0, 1.5), section="Sec. 4.1", low=0.1)
     crop: Size = option(Size(1280, 640), "random crop in training", paper=Size(1280, 640), section="Sec. 4.1")
 
 
@@ -136,74 +120,37 @@ def stage_names(cfg: Config) -> tuple[str, ...]:
     return ("source", *("warmup",) * cfg.warmup, *(f"stage{k}" for k in range(1, cfg.K + 1)))
 
 
-# lambda1: the squared distance is a sum over 256 channels, some 50 against a cross entropy of 0.5, and with a rate for few
-# iterations 0.3 makes it diverge; 0.0012 is 0.3 / 256. margin: after so short a warm-up from ImageNet weights, 2.5 leaves
-# eleven of the classes hardly a pixel; d' - d* is above 0.5 for three quarters of the pixels.
 TOY = dict(data="data/toycity", init="none", backbone="resnet18", source_size=Size(128, 64), target_size=Size(128, 64),
-           crop=Size(128, 64), batch_size=2, lr=5e-3, source_epochs=6.0, warmup_epochs=2.5, stage_epochs=2.5, lambda1=0.0012,
-           margin=0.5, lr_discriminator=3e-4, workers=0, amp="bf16", channels_last=True)
-
-_CAG = "--from {source only}/source.pt"
-_CONTROL = f"{_CAG} --lambda-adv 0 --lambda1 0 --lambda2 0"
-RESULTS = {                                            # `make results METHOD=cag`: row -> (stage reported, flags of its run)
-    "source only": ("source", "--stage source"),
-    "source only, as long as warm-up": ("warmup", _CONTROL),
-    "warm-up": ("warmup", _CAG),
-    "source only, as long as stage 1": ("stage1", _CONTROL),
-    "stage 1": ("stage1", _CAG),
-    "source only, as long as stage 2": ("stage2", _CONTROL),
-    "stage 2": ("stage2", _CAG),
-    "source only, as long as stage 3": ("stage3", _CONTROL),
-    "stage 3": ("stage3", _CAG),
-    "target only (upper bound)": ("source", "--stage source --target-labels"),
-}
+           crop=Size(128, 64), batch_size=2, lr=5e-3, source_iterations=720, warmup_epochs=2.5, stage_epochs=2.5, margin=0.5,
+           lr_discriminator=3e-4, workers=0, amp="bf16", channels_last=True)
 
 
 # ------------------------------------------------------------------------------------------- the equations
 
 
 def cross_entropy_loss(logits: Tensor, label: Tensor) -> Tensor:
-    """Cross entropy on labelled pixels; Eqs. (9) and (11) are Eq. (2) on active pixels, with pseudo labels.
+    """Eq. (2):  L_CE = - sum_i sum_j sum_c y_ijc log p_ijc;  Eqs. (9), (11): the same on active pixels, with pseudo labels.
 
-    Eq. (2):         L_CE = - sum_i sum_j sum_c y_ijc log p_ijc
-    Eqs. (9), (11):  L_CE^t = - sum_i sum_j a_ij sum_c y^_ijc log p_ijc
-
-    Args:
-        logits: (N, C, h, w) float.
-        label: (N, h, w) int64 in 0..C-1; 255 is ignored (not labelled, not active).
-    Returns: 0-d, mean over the labelled pixels (the paper sums); exactly 0 if there are none.
-    """
-    loss = F.cross_entropy(logits, label, ignore_index=IGNORE, reduction="sum")
-    return loss / (label != IGNORE).sum().clamp(min=1)
+    Args: logits (N, C, h, w); label (N, h, w) int64 in 0..C-1, 255 ignored (not labelled, not active).
+    Returns: 0-d, mean over the labelled pixels (the paper sums); exactly 0 if there are none."""
+    return labelled_mean(F.cross_entropy(logits, label, ignore_index=IGNORE, reduction="none"), label != IGNORE)
 
 
 def class_sums(feat: Tensor, label: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
-    """What a batch contributes to the anchors: sums and counts of batches add up to those of the whole set.
+    """Eq. (4):  f_c^s = 1 / |Lambda_c^s| sum_i sum_j y_ijc f_D(Enc(x_i))|_j;  here the double sum and |Lambda_c^s|.
 
-    Eq. (4):  f_c^s = 1 / |Lambda_c^s| sum_i sum_j y_ijc f_D(Enc(x_i))|_j;  here the double sum and |Lambda_c^s|
-
-    Args:
-        feat: (N, D, h, w) float.
-        label: (N, h, w) int64 on the feature's grid, 0..C-1, 255 ignored.
-        num_classes: C.
-    Returns: sum (C, D) float64 and count (C,) int64; the anchors are sum / count[:, None], NaN where count is 0.
-    """
+    Args: feat (N, D, h, w); label (N, h, w) int64 on the feature's grid, 0..C-1, 255 ignored; num_classes C.
+    Returns: sum (C, D) float64, count (C,) int64; batches add up. Anchors are sum / count[:, None], NaN where count is 0."""
     feat, label = feat.movedim(1, -1)[label != IGNORE], label[label != IGNORE]               # (M, D), (M,)
     one_hot = label == torch.arange(num_classes, device=label.device)[:, None]               # (C, M)
     return one_hot.double() @ feat.double(), one_hot.sum(dim=1)
 
 
 def anchor_distances(feat: Tensor, anchors: Tensor) -> Tensor:
-    """Distance of every feature to every anchor.
+    """Eq. (5):  d_ijc = || f_c^s - f_D(Enc(x_i))|_j ||_2,  here the root of |f|^2 - 2 f . f_c + |f_c|^2. Not under autocast.
 
-    Eq. (5):  d_ijc = || f_c^s - f_D(Enc(x_i))|_j ||_2,  here the root of |f|^2 - 2 f . f_c + |f_c|^2
-
-    Args:
-        feat: (N, D, h, w) float.
-        anchors: (C, D) float; a row of NaN is a class without anchor.
-    Returns: (N, C, h, w), at least float32, >= 0, inf for a class without anchor; no tensor of N*C*D*h*w is made. The rounding
-        error of a squared distance is a few 1e-7 of |f|^2 + |f_c|^2. To be called outside autocast.
-    """
+    Args: feat (N, D, h, w); anchors (C, D), a row of NaN is a class without anchor.
+    Returns: (N, C, h, w) >= 0, at least float32, d^2 exact to a few 1e-7 of |f|^2 + |f_c|^2; inf for a class without anchor."""
     feat, anchors = at_least_float32(feat), at_least_float32(anchors)
     dot = (anchors @ feat.flatten(2)).unflatten(2, feat.shape[2:])                           # (N, C, h, w), f . f_c
     square = torch.linalg.vector_norm(feat, dim=1, keepdim=True).square()                    # (N, 1, h, w)
@@ -212,92 +159,56 @@ def anchor_distances(feat: Tensor, anchors: Tensor) -> Tensor:
 
 
 def nearest_anchor(distances: Tensor) -> tuple[Tensor, Tensor]:
-    """The nearest anchor c* and how much farther the second nearest c' is.
-
-    Sec. 3.2:  d_c sorted in ascending order; the shortest, d_c*, is compared with the second shortest, d_c'
+    """Sec. 3.2:  d_c sorted in ascending order; the shortest, d_c*, is compared with the second shortest, d_c'.
 
     Args: distances (N, C, h, w), >= 0 or inf.
-    Returns: c* (N, h, w) int64, the first on ties, and d' - d* (N, h, w): inf if only one class has an anchor, NaN if none has.
-    """
-    shortest, nearest = distances.min(dim=1, keepdim=True)                                   # (N, 1, h, w) each
-    second = distances.scatter(1, nearest, torch.inf).amin(dim=1)                            # (N, h, w)
-    return nearest[:, 0], second - shortest[:, 0]
+    Returns: c* (N, h, w) int64, any on ties, and d' - d* (N, h, w): inf if only one class has an anchor, NaN if none."""
+    shortest, nearest = distances.topk(2, dim=1, largest=False)                              # (N, 2, h, w) each, ascending
+    return nearest[:, 0], shortest[:, 1] - shortest[:, 0]
 
 
 def anchor_pseudo_labels(distances: Tensor, margin: float = 2.5) -> Tensor:
-    """Category of the nearest anchor, where it is nearest by a margin.
+    """Eq. (6):  a = 1 if d_c' - d_c* > Delta_d, else 0;  Eq. (7):  y^_c* = 1 if d_c* < d_c - Delta_d for all c != c*.
 
-    Eq. (6):  a = 1 if d_c' - d_c* > Delta_d, else 0
-    Eq. (7):  y^_c* = 1 if d_c* < d_c - Delta_d for all c != c*
-
-    Args: distances (N, C, h, w) of Eq. (5); margin Delta_d, in the feature's own scale.
-    Returns: (N, h, w) int64, 255 where the pixel is not active.
-    """
+    Args: distances (N, C, h, w); margin Delta_d: half the distance of nearest anchors, 5 to 8 for the authors' (norms 7 to 12).
+    Returns: (N, h, w) int64, the category of the nearest anchor, 255 where the pixel is not active."""
     nearest, gap = nearest_anchor(distances)
     return nearest.masked_fill(~(gap > margin), IGNORE)
 
 
-def anchored(label: Tensor, anchors: Tensor) -> Tensor:
-    """Bool, where a label (N, h, w) is a category that has an anchor: not where it is 255, nor where the anchor is NaN."""
-    known = torch.cat([~anchors.isnan().any(dim=1), anchors.new_zeros(1, dtype=torch.bool)])  # (C + 1,), last: no label
-    return known[label.clamp(max=len(anchors))]
-
-
 def distance_loss(feat: Tensor, label: Tensor, anchors: Tensor) -> Tensor:
-    """Squared distance of labelled features to the anchor of their category.
+    """Eq. (8):  L_dis^s = sum_i sum_j sum_c y_ijc || f_c^s - f_D(Enc(x_i^s))|_j ||^2;  Eq. (10): the same on active pixels.
 
-    Eq. (8):   L_dis^s = sum_i sum_j sum_c y_ijc || f_c^s - f_D(Enc(x_i^s))|_j ||^2
-    Eq. (10):  L_dis^t = the same on target features, with active states and pseudo labels
-
-    Args:
-        feat: (N, D, h, w) float.
-        label: (N, h, w) int64 on the feature's grid, 0..C-1, 255 ignored.
-        anchors: (C, D) float, fixed; pixels of a class without anchor (NaN) are left out.
-    Returns: 0-d, mean over the pixels that are left (the paper sums); exactly 0, with zero gradient, if there are none.
-    """
-    anchor = F.pad(anchors.nan_to_num(), (0, 0, 0, 1))[label.clamp(max=len(anchors))].movedim(-1, 1)   # (N, D, h, w)
-    labelled = anchored(label, anchors)                                                      # (N, h, w)
-    square = (anchor - at_least_float32(feat)).square().sum(dim=1)                           # (N, h, w)
-    return (square * labelled).sum() / labelled.sum().clamp(min=1)
+    Args: feat (N, D, h, w); label (N, h, w) int64 on its grid, 0..C-1, 255 ignored; anchors (C, D), NaN: pixels are left out.
+    Returns: 0-d, mean over these pixels and the D channels (the paper sums); exactly 0, with gradient 0, if there are none."""
+    row = label.clamp(max=len(anchors))                                                      # (N, h, w), C without label
+    anchored = F.pad(~anchors.isnan().any(dim=1), (0, 1))[row]                               # (N, h, w)
+    anchor = F.pad(anchors.nan_to_num(), (0, 0, 0, 1))[row].movedim(-1, 1)                   # (N, D, h, w)
+    return labelled_mean((anchor - at_least_float32(feat)).square().mean(dim=1), anchored)
 
 
 def probability_pseudo_labels(logits: Tensor, threshold: float = 0.95) -> Tensor:
-    """The predicted category, where its probability is high: the labels and active states of Eq. (11).
+    """Sec. 3.3, read as:  y^P_c = 1 if c = argmax_c p_c,  a^P = 1 if max_c p_c > P_0: labels and active states of Eq. (11).
 
-    Sec. 3.3, read as:  y^P_c = 1 if c = argmax_c p_c,  a^P = 1 if max_c p_c > P_0
-
-    Args: logits (N, C, h, w); threshold P_0.
-    Returns: (N, h, w) int64, 255 where the pixel is not active.
-    """
+    Args: logits (N, C, h, w); threshold P_0.  Returns: (N, h, w) int64, 255 where the pixel is not active."""
     confidence, label = logits.softmax(dim=1).max(dim=1)                                     # (N, h, w) each
     return label.masked_fill(~(confidence > threshold), IGNORE)
 
 
 def adversarial_loss(d_target: Tensor) -> Tensor:
-    """Reward target features that D takes for source features.
-
-    Sec. 3.4, after [14]:  L_adv = - mean_j log P(source | f_j^t),  P(source | f) = sigmoid(D(f))
-
-    Args: d_target (N, 1, h, w) raw outputs of D on target features.  Returns: 0-d, mean.
-    """
+    """Sec. 3.4, after [14]:  L_adv = - mean_j log P(source | f_j^t),  P(source | f) = sigmoid(D(f));  d_target (N, 1, h, w)."""
     return F.softplus(-d_target).mean()
 
 
 def discriminator_loss(d_source: Tensor, d_target: Tensor) -> Tensor:
-    """Teach D the domain of a feature.
-
-    Sec. 3.4, after [14]:  L_D = - 0.5 mean_i log P(source | f_i^s) - 0.5 mean_j log (1 - P(source | f_j^t))
-
-    Args: d_source, d_target (N, 1, h, w) raw outputs of D.  Returns: 0-d, each domain's mean weighs 0.5.
-    """
+    """Sec. 3.4, after [14]:  L_D = - 0.5 mean_i log P(source | f_i^s) - 0.5 mean_j log (1 - P(source | f_j^t))."""
     return 0.5 * F.softplus(-d_source).mean() + 0.5 * F.softplus(d_target).mean()
 
 
 class Discriminator(nn.Module):
     """Sec. 4.1: five 3x3 convolutions of stride 2 with {64, 128, 256, 512, 1} channels; ReLU after three, Leaky-ReLU 0.2.
 
-    forward: feat (N, D, h, w) -> raw outputs (N, 1, about h/32, about w/32); their sigmoid is the probability of "source".
-    """
+    forward: feat (N, D, h, w) -> raw outputs (N, 1, about h/32, about w/32); their sigmoid is the probability of "source"."""
 
     def __init__(self, in_channels: int):
         super().__init__()
@@ -306,135 +217,77 @@ class Discriminator(nn.Module):
             nn.Conv2d(64, 128, 3, stride=2, padding=1), nn.ReLU(),
             nn.Conv2d(128, 256, 3, stride=2, padding=1), nn.ReLU(),
             nn.Conv2d(256, 512, 3, stride=2, padding=1), nn.LeakyReLU(0.2),
-            nn.Conv2d(512, 1, 3, stride=2, padding=1),
-        )
+            nn.Conv2d(512, 1, 3, stride=2, padding=1))
 
     def forward(self, feat: Tensor) -> Tensor:
         return at_least_float32(self.layers(feat))
 
 
-# -------------------------------------------------------------------------- anchors and labels of a stage
-
-
 @torch.no_grad()
-def source_anchors(run: Run, model: nn.Module, source: SegmentationDataset, num_classes: int) -> Tensor:
+def source_anchors(run: Run, model: nn.Module, source: SegmentationDataset) -> Tensor:
     """Algorithm 1, line 4 (CAC): the anchors (C, D) float32 of the whole source set, Eq. (4), in one pass over its images."""
-    where = run.float64_device
-    total = torch.zeros(num_classes, model.feat_channels, dtype=torch.float64, device=where)
-    count = torch.zeros(num_classes, dtype=torch.int64, device=where)
+    C, device = len(run.classes), run.float64_device
+    total = torch.zeros(C, model.feat_channels, dtype=torch.float64, device=device)
+    count = torch.zeros(C, dtype=torch.int64, device=device)
     model.eval()
-    for x, y, _ in run.sweep("anchors", source, shared=True):
+    for x, y, _ in run.sweep("anchors", source):
         with run.autocast():
             feat, _ = model(x)                                                               # (1, D, h, w)
-        part, pixels = class_sums(feat.to(where), resize_label(y, feat.shape[-2:]).to(where), num_classes)
+        part, pixels = class_sums(feat.to(device), resize_label(y, feat.shape[-2:]).to(device), C)
         total, count = total + part, count + pixels
     model.train()
     sum_over_processes(total, count)
     if not count.any():
         raise UserError("no pixel of the source has a label, so there are no anchors: check the labels of --source")
-    return (total / count[:, None]).float().to(run.device)                                   # Eq. (4)
+    return (total / count[:, None]).float()                                                  # Eq. (4)
 
 
 @torch.no_grad()
-def label_target(run: Run, cfg: Config, model: nn.Module, anchors: Tensor, target: SegmentationDataset,
-                 folder: Path) -> dict[str, Tensor]:
+def label_target(run: Run, cfg: Config, model: nn.Module, anchors: Tensor, target: SegmentationDataset, folder: Path) -> dict:
     """Algorithm 1, lines 5 and 6 (ATI, PLA): write both kinds of pseudo labels of every target image as PNGs of class indices.
 
-    Returns: what `report_labels` shows: pixels of each class, active ones, images without an active pixel (row 0 by anchors,
-        row 1 by probability), and a histogram of d' - d*.
-    """
+    Returns: pixels per class, active ones, images without one (row 0 by anchor, row 1 by probability); histogram of d' - d*."""
     C, zeros = len(anchors), lambda *shape: torch.zeros(*shape, dtype=torch.int64, device=run.device)
-    found = {"pixels": zeros(2, C), "active": zeros(2, C), "inactive_images": zeros(2), "gaps": zeros(LOG_BINS)}
+    counts = {"pixels": zeros(2, C), "active": zeros(2, C), "inactive": zeros(2), "gaps": zeros(LOG_BINS)}
     model.eval()
-    writes = ()
-    with ThreadPoolExecutor(len(KINDS)) as pool:                                             # files are written meanwhile
-        for x, _, (name,) in run.sweep("pseudo labels", target, shared=True):
-            with run.autocast():
-                feat, logits = model(x)                                                      # (1, D, h, w), (1, C, h, w)
-            distances = anchor_distances(feat, anchors)                                      # (1, C, h, w)
-            labels = torch.cat([anchor_pseudo_labels(distances, cfg.margin),
-                                probability_pseudo_labels(logits, cfg.threshold)])           # (2, h, w)
-            list(writes)                                                                     # raises what a writer raised
-            writes = pool.map(save_label, [folder / kind / f"{name}.png" for kind in KINDS],
-                              resize_label(labels, x.shape[-2:]).cpu())
-
-            nearest, gap = nearest_anchor(distances)
-            found["gaps"] += log_histogram(gap)
-            for k, (label, every) in enumerate(zip(labels, (nearest, logits.argmax(dim=1)), strict=True)):
-                found["pixels"][k] += every.flatten().bincount(minlength=C)
-                found["active"][k] += label[label != IGNORE].bincount(minlength=C)
-                found["inactive_images"][k] += (label == IGNORE).all()
-        list(writes)
-    wait_for_processes()                                                                     # till all have written theirs
+    for x, _, (name,) in run.sweep("pseudo labels", target):
+        with run.autocast():
+            feat, logits = model(x)                                                          # (1, D, h, w), (1, C, h, w)
+        distances = anchor_distances(feat, anchors)                                          # (1, C, h, w)
+        nearest, gap = nearest_anchor(distances)                                             # (1, h, w) each
+        counts["gaps"] += log_histogram(gap)
+        labels = anchor_pseudo_labels(distances, cfg.margin), probability_pseudo_labels(logits, cfg.threshold)
+        for k, (label, winner) in enumerate(zip(labels, (nearest, logits.argmax(dim=1)))):
+            save_label(folder / KINDS[k] / f"{name}.png", resize_label(label, x.shape[-2:])[0])
+            counts["pixels"][k] += winner.flatten().bincount(minlength=C)
+            counts["active"][k] += label[label != IGNORE].bincount(minlength=C)
+            counts["inactive"][k] += (label == IGNORE).all()
     model.train()
-    sum_over_processes(*found.values())
-    return found
+    sum_over_processes(*counts.values())
+    return counts
 
 
-def report_labels(run: Run, cfg: Config, name: str, classes: ClassList, anchors: Tensor, found: dict[str, Tensor],
-                  labelled: SegmentationDataset) -> None:
-    """Print, log and draw the labels that a stage starts with, and say where the paper's assumptions fail."""
-    active, pixels = found["active"], found["pixels"]
-    percent = torch.cat([100 * active / pixels, 100 * active.sum(1, keepdim=True) / pixels.sum(1, keepdim=True)], dim=1)
-    print(f"\n{name}: active pixels of the target, in percent of the pixels nearest to, or predicted as, the class")
-    print(f"{'class':<16}" + "".join(f"{kind:>20}" for kind in KINDS))
-    for c, shares in zip((*classes.names, "all"), percent.T.tolist(), strict=True):
-        print(f"{c:<16}" + "".join("-".rjust(20) if isnan(share) else f"{share:>20.1f}" for share in shares))
-    quantiles = {share: value for share, value in zip(QUANTILES, log_quantiles(found["gaps"], QUANTILES)) if not isnan(value)}
-    print("quantiles of d' - d*: " + ", ".join(f"{value:.3g} ({share:.0%})" for share, value in quantiles.items())
-          + f"; --margin is {cfg.margin:g}")
-    run.log(stage=name, iteration=0, margin=cfg.margin, gap_quantiles=quantiles, active_percent={
-        kind: {c: round(share, 2) for c, share in zip((*classes.names, "all"), shares) if not isnan(share)}
-        for kind, shares in zip(KINDS, percent.tolist())})
-
-    missing = anchors.isnan().any(dim=1).tolist()
-    silent = [c for c, count, lacks in zip(classes.names, active[0].tolist(), missing) if not count and not lacks]
-    notes = [f"no source pixel, so no anchor: {', '.join(c for c, m in zip(classes.names, missing) if m)}"] * any(missing)
-    notes += [f"no active pixel by anchor in the whole target: {', '.join(silent)}"] * bool(silent)
-    notes += [f"{count} of {len(labelled)} images have no active pixel in {kind}"
-              for kind, count in zip(KINDS, found["inactive_images"].tolist()) if count]
-    for note in notes:
-        print(f"{name}: {note}", flush=True)
-        run.log(stage=name, iteration=0, note=note)
-
-    rows = []
-    for k in range(0, len(labelled), max(1, len(labelled) // 4))[:4]:
-        image, _, _, *labels = labelled[k]
-        rows.append([denormalise(image), *(colorize(label, classes) for label in labels)])
-    run.draw(f"{name}/labels.png", rows, ["target image", f"by anchor, margin {cfg.margin:g}",
-                                          f"by probability > {cfg.threshold:g}"])
-
-
-def prepare_stage(run: Run, cfg: Config, k: int, model: nn.Module, source: SegmentationDataset, target: SegmentationDataset,
-                  classes: ClassList) -> None:
-    """Algorithm 1, lines 4 to 6: from M_{k-1}, write the anchors and the labels of stage k into its folder."""
-    name, folder = f"stage{k}", run.folder / f"stage{k}"
-    run.prepare(name)
-    if k == 1 and cfg.offline_anchors:
-        anchors = read_anchors(cfg.offline_anchors, len(classes), model.feat_channels).to(run.device)
-    else:
-        anchors = source_anchors(run, model, source, len(classes))
-    run.keep(f"{name}/anchors.pt", anchors.cpu())
-    found = label_target(run, cfg, model, anchors, target, folder)
-    report_labels(run, cfg, name, classes, anchors, found, target.with_maps(*(folder / kind for kind in KINDS)))
+def prepare_stage(run: Run, cfg: Config, k: int, model: nn.Module, source: SegmentationDataset,
+                  target: SegmentationDataset) -> tuple[Tensor, SegmentationDataset, dict]:
+    """Algorithm 1, lines 4 to 6, computed once: from M_{k-1}, the anchors (C, D), the target with both labels, and a note."""
+    stage, file, shape = f"stage{k}", cfg.offline_anchors if k == 1 else None, (len(run.classes), model.feat_channels)
+    kept = run.once(stage, "anchors", lambda: {
+        "anchors": read_anchors(file, *shape) if file else source_anchors(run, model, source)})
+    anchors = kept["anchors"].to(run.device)
+    counts = run.once(stage, "labels", lambda: label_target(run, cfg, model, anchors, target, run.folder / stage))
+    labelled = target.with_maps(*(run.folder / stage / kind for kind in KINDS))
+    return anchors, labelled, report_labels(run, cfg, stage, anchors, counts, labelled)
 
 
 def read_anchors(path: str | Path, num_classes: int, channels: int) -> Tensor:
-    """Read a (C, D) tensor, or the authors' published anchors: an array, perhaps as `objective_vectors` of a dictionary.
-
-    Raises: UserError naming the file, if it is not there or holds something else.
-    """
-    try:
-        anchors = load_tensors(path)
-    except OSError as error:
-        raise UserError(f"the anchors in {path} cannot be read: {error.strerror}") from error
-    except Exception as error:
-        raise UserError(f"{path} is not a tensor written by torch.save ({type(error).__name__})") from error
-    if isinstance(anchors, dict) and "objective_vectors" in anchors:
-        anchors = anchors["objective_vectors"]
+    """Read a (C, D) tensor, or the authors' published array, perhaps as `objective_vectors` of a dictionary, in which a row of
+    zeros is a class that was never seen. Raises: UserError naming the file, if it is not there or holds something else."""
+    from common import published  # only a file of anchors needs it
+    content = published.load_foreign(path, "--offline-anchors")
+    anchors = content.get("objective_vectors", content) if isinstance(content, dict) else content
     if isinstance(anchors, np.ndarray) and anchors.dtype.kind == "f":
         anchors = torch.from_numpy(anchors)
-        anchors[(anchors == 0).all(dim=-1)] = torch.nan          # theirs start at zero: a class that was never seen
+        anchors[(anchors == 0).all(dim=-1)] = torch.nan
     if not isinstance(anchors, Tensor) or anchors.shape != (num_classes, channels) or not anchors.is_floating_point():
         shape = f"a tensor of shape {tuple(anchors.shape)}, {anchors.dtype}" if isinstance(anchors, Tensor) else type(anchors)
         raise UserError(f"{path} holds {shape} where anchors are a float tensor of shape {(num_classes, channels)}")
@@ -448,19 +301,19 @@ def read_anchors(path: str | Path, num_classes: int, channels: int) -> Tensor:
 
 def sgd(model: nn.Module, cfg: Config) -> torch.optim.SGD:
     """Sec. 4.1's optimizer."""
-    return torch.optim.SGD(model.parameter_groups(cfg.lr, cfg.encoder_rate), lr=cfg.lr, momentum=cfg.momentum,
-                           weight_decay=cfg.weight_decay)
+    groups = model.parameter_groups(cfg.lr, cfg.encoder_rate)
+    return torch.optim.SGD(groups, lr=cfg.lr, momentum=cfg.momentum, weight_decay=cfg.weight_decay)
 
 
 def train_source(run: Run, cfg: Config, model: nn.Module, source: SegmentationDataset, iterations: int) -> None:
     """Algorithm 1, line 1: pretraining M_0^p on the source, Eq. (2)."""
     optimizer = sgd(model, cfg)
     state = {"model": model, "optimizer": optimizer}
-    model = run.parallel(model)
+    model = parallel(model)
     for _, (x, y) in run.stage("source", iterations, state, source, batch_size=cfg.batch_size):
         with run.autocast():
             _, logits = model(x)                                                             # (N, C, h, w)
-        loss = cross_entropy_loss(upsample(logits, y.shape[-2:]), y) * run.share(y != IGNORE)
+        loss = cross_entropy_loss(upsample(logits, y.shape[-2:]), y)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -476,14 +329,13 @@ def warm_up(run: Run, cfg: Config, model: nn.Module, source: SegmentationDataset
     optimizer_D = torch.optim.Adam(D.parameters(), lr=cfg.lr_discriminator, betas=(cfg.beta1, cfg.beta2))
     weights_M, weights_D = [p for p in model.parameters() if p.requires_grad], list(D.parameters())
     state = {"model": model, "D": D, "optimizer": optimizer, "optimizer_D": optimizer_D}
-    model, D = run.parallel(model), run.parallel(D)
+    model, D = parallel(model), parallel(D)
     for _, (x_s, y_s), (x_t, _) in run.stage("warmup", iterations, state, source, target, batch_size=cfg.batch_size):
         with run.autocast():
             feat_s, logits_s = model(x_s)                                                    # (N, D, h, w), (N, C, h, w)
             feat_t, _ = model(x_t)
             d_s, d_t = D(feat_s.detach()), D(feat_t)                                         # (N, 1, h', w')
-
-        loss_ce = cross_entropy_loss(upsample(logits_s, y_s.shape[-2:]), y_s) * run.share(y_s != IGNORE)
+        loss_ce = cross_entropy_loss(upsample(logits_s, y_s.shape[-2:]), y_s)
         loss_adv, loss_D = adversarial_loss(d_t), discriminator_loss(d_s, d_t)
 
         optimizer.zero_grad()
@@ -496,99 +348,112 @@ def warm_up(run: Run, cfg: Config, model: nn.Module, source: SegmentationDataset
 
 
 def train_stage(run: Run, cfg: Config, k: int, model: nn.Module, anchors: Tensor, source: SegmentationDataset,
-                target: SegmentationDataset, iterations: int) -> None:
+                target: SegmentationDataset, iterations: int, note: dict | None = None) -> None:
     """Algorithm 1, lines 7 to 10: from M_{k-1} to M_k by Eq. (12), with fixed anchors and fixed labels."""
+    weights = {"ce_s": 1.0, "dis_s": cfg.lambda1, "dis_t": cfg.lambda1, "dis_tP": cfg.lambda1, "ce_t": cfg.lambda2,
+               "ce_tP": cfg.lambda2}
+    used = [term for term in weights if term in ("ce_s", *cfg.terms)]
     optimizer = sgd(model, cfg)
     state = {"model": model, "optimizer": optimizer}
-    model = run.parallel(model)
+    model = parallel(model)
     for _, (x_s, y_s), (x_t, _, y_t, y_tP) in run.stage(f"stage{k}", iterations, state, source, target,
-                                                        batch_size=cfg.batch_size):
+                                                        batch_size=cfg.batch_size, note=note):
         with run.autocast():
             feat_s, logits_s = model(x_s)                                                    # (N, D, h, w), (N, C, h, w)
             feat_t, logits_t = model(x_t)
         y_grid = resize_label(y_s, feat_s.shape[-2:])                                        # (N, h, w)
         y_t, y_tP = resize_label(y_t, feat_t.shape[-2:]), resize_label(y_tP, feat_t.shape[-2:])
-
-        ce_s = cross_entropy_loss(upsample(logits_s, y_s.shape[-2:]), y_s) * run.share(y_s != IGNORE)      # Eq. (2)
-        dis, ce = {}, {}
-        if "dis_s" in cfg.terms:
-            dis["dis_s"] = distance_loss(feat_s, y_grid, anchors) * run.share(anchored(y_grid, anchors))   # Eq. (8)
-        if "dis_t" in cfg.terms:
-            dis["dis_t"] = distance_loss(feat_t, y_t, anchors) * run.share(anchored(y_t, anchors))         # Eq. (10)
-        if "dis_tP" in cfg.terms:
-            dis["dis_tP"] = distance_loss(feat_t, y_tP, anchors) * run.share(anchored(y_tP, anchors))      # Table 4
-        if "ce_t" in cfg.terms:
-            ce["ce_t"] = cross_entropy_loss(logits_t, y_t) * run.share(y_t != IGNORE)                      # Eq. (9)
-        if "ce_tP" in cfg.terms:
-            ce["ce_tP"] = cross_entropy_loss(logits_t, y_tP) * run.share(y_tP != IGNORE)                   # Eq. (11)
-        loss = ce_s + cfg.lambda1 * sum(dis.values()) + cfg.lambda2 * sum(ce.values())       # Eq. (12)
+        losses = {
+            "ce_s": cross_entropy_loss(upsample(logits_s, y_s.shape[-2:]), y_s),             # Eq. (2)
+            "dis_s": distance_loss(feat_s, y_grid, anchors),                                 # Eq. (8)
+            "dis_t": distance_loss(feat_t, y_t, anchors),                                    # Eq. (10)
+            "dis_tP": distance_loss(feat_t, y_tP, anchors),                                  # Table 4
+            "ce_t": cross_entropy_loss(logits_t, y_t),                                       # Eq. (9)
+            "ce_tP": cross_entropy_loss(logits_t, y_tP),                                     # Eq. (11)
+        }
+        loss = sum(weights[term] * losses[term] for term in used)                            # Eq. (12)
 
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         unlabelled = (y_t == IGNORE).flatten(1).all(dim=1).float().mean()                    # crops that add nothing
-        run.report(ce_s=ce_s, **dis, **ce, unlabelled_crops=unlabelled)
-
-
-def check(cfg: Config, options: Options) -> None:
-    """Refuse what cannot be meant, before anything is loaded."""
-    if len(cfg.scale) != 2 or cfg.scale[0] > cfg.scale[1]:
-        raise UserError(f"--scale {' '.join(map(str, cfg.scale))} is no range: give the smallest and the largest factor")
-    check_domains(cfg, options, "source", [cfg.source_size, cfg.target_size], cfg.scale[1])
+        run.report(**{term: losses[term] for term in used}, unlabelled_crops=unlabelled)
 
 
 @command
 def main(argv: list[str] | None = None) -> None:
     """Algorithm 1, each stage followed by its evaluation."""
     cfg, options = parse("cag.py", __doc__, (Config, Options), argv, TOY)
-    check(cfg, options)
-    if options.toy:
-        toycity.ensure(options.data)
-    run = Run("cag", cfg, options, stage_names(cfg))
-    classes = class_list(cfg.source, cfg.target)
-    sizes = {cfg.source: cfg.source_size, cfg.target: cfg.target_size}
-
-    test, tests = run.images(cfg.target, "val", classes, sizes), {"single-scale": {}}
+    if len(cfg.scale) != 2 or cfg.scale[0] > cfg.scale[1]:
+        raise UserError(f"--scale {' '.join(map(str, cfg.scale))} is no range: give the smallest and the largest factor")
+    run = Run("cag", cfg, options, stage_names(cfg), largest_scale=cfg.scale[1])
+    test, tests = run.images(options.target, "val"), {"single-scale": {}}
+    model = run.network("v3+")
+    run.watch(model, test)
     if options.eval:
-        model = run.network("v3+", classes)
-        run.evaluate(run.load_latest(model), model, test, classes, tests)
+        run.evaluate(run.latest, model, test, tests)
         return
-
-    augment = Augment(scale=(cfg.scale[0], cfg.scale[1]), crop=cfg.crop)
-    source = run.images(cfg.target if options.target_labels else cfg.source, "train", classes, sizes, augment=augment)
-    target = run.images(cfg.target, "train", classes, sizes, labels=False, augment=augment)
-
-    def iterations(epochs: float) -> int:
-        return max(1, round(epochs * len(target) / (cfg.batch_size * run.world)))
-
-    if cfg.offline_anchors and not run.reaches("stage1"):
-        raise UserError("--offline-anchors are the anchors of stage 1, which this start does not come to: leave them out")
-    model = run.network("v3+", classes)
-    if cfg.offline_anchors and run.trains("stage1") and not run.begun("stage1"):
-        read_anchors(cfg.offline_anchors, len(classes), model.feat_channels)                 # refuse it now, not at stage 1
-    run.start_from(model)
-    run.watch(model, test, classes)
-    adaptation = iterations(cfg.warmup_epochs) * cfg.warmup + iterations(cfg.stage_epochs) * cfg.K
-    # An upper bound has to be trained as long as what it bounds.
-    train_source(run, cfg, model, source, iterations(cfg.source_epochs) + options.target_labels * adaptation)
-    run.evaluate("source", model, test, classes, tests)
-
+    augment = Augment(scale=(cfg.scale[0], cfg.scale[1]), crop=options.crop)
+    source = run.images(options.target if options.target_labels else options.source, "train", augment=augment)
+    target = run.images(options.target, "train", labels=False, augment=augment)
+    warmup, adapt = (max(1, round(epochs * len(target) / (cfg.batch_size * run.world)))      # iterations
+                     for epochs in (cfg.warmup_epochs, cfg.stage_epochs))
+    if cfg.offline_anchors and not (run.folder / "stage1-anchors.pt").exists():              # refuse them now, not at stage 1
+        if "stage1" not in run.selected:
+            raise UserError("--offline-anchors are the anchors of stage 1, which this start does not come to: leave them out")
+        read_anchors(cfg.offline_anchors, len(run.classes), model.feat_channels)
+    if run.pending("source"):                              # train the upper bound for as many iterations as the adapted model
+        iterations = cfg.source_iterations + options.target_labels * (warmup * cfg.warmup + adapt * cfg.K)
+        train_source(run, cfg, model, source, iterations)
+        run.evaluate("source", model, test, tests)
     model.freeze_bn(cfg.adapt_freeze_bn)
-    if cfg.warmup:
-        warm_up(run, cfg, model, source, target, iterations(cfg.warmup_epochs))
-        run.evaluate("warmup", model, test, classes, tests)
-
+    if run.pending("warmup"):
+        warm_up(run, cfg, model, source, target, warmup)
+        run.evaluate("warmup", model, test, tests)
     for k in range(1, cfg.K + 1):
-        if not run.reaches(f"stage{k}"):
-            continue
-        folder, anchors, labelled = run.folder / f"stage{k}", None, target
-        if run.trains(f"stage{k}"):
-            if not run.begun(f"stage{k}"):
-                prepare_stage(run, cfg, k, model, source, target, classes)
-            anchors = read_anchors(folder / "anchors.pt", len(classes), model.feat_channels).to(run.device)
-            labelled = target.with_maps(*(folder / kind for kind in KINDS))
-        train_stage(run, cfg, k, model, anchors, source, labelled, iterations(cfg.stage_epochs))
-        run.evaluate(f"stage{k}", model, test, classes, tests)
+        if run.pending(f"stage{k}"):
+            anchors, labelled, note = prepare_stage(run, cfg, k, model, source, target)
+            train_stage(run, cfg, k, model, anchors, source, labelled, adapt, note)
+            run.evaluate(f"stage{k}", model, test, tests)
+
+
+def log_histogram(values: Tensor) -> Tensor:
+    """(LOG_BINS,) int64 counts of values >= 0 in bins of equal ratio: what lies beyond in the outermost, inf, NaN in none."""
+    return torch.histc(values[values.isfinite()].log2().clamp(-20, 20), LOG_BINS, -20, 20).long()
+
+
+def log_quantiles(histogram: Tensor, shares: tuple[float, ...]) -> list[float]:
+    """Quantiles, for shares in [0, 1], from a sum of `log_histogram`s, within 1.1 percent; none where nothing was counted."""
+    below = histogram.cumsum(0) / histogram.sum()
+    return [2 ** ((int((below < share).sum()) + 0.5) / 32 - 20) for share in shares if histogram.any()]
+
+
+def report_labels(run: Run, cfg: Config, stage: str, anchors: Tensor, counts: dict, target: SegmentationDataset) -> dict:
+    """Print and draw the labels that a stage starts with, and say where the paper's assumptions fail. Returns: what to log."""
+    names, missing = (*run.classes.names, "all"), anchors.isnan().any(dim=1).tolist()
+    active, pixels = (torch.cat([x, x.sum(1, keepdim=True)], dim=1) for x in (counts["active"], counts["pixels"]))
+    percent = (100 * active / pixels).tolist()                                               # 2 rows of C + 1
+    print(f"\n{stage}: active pixels of the target, in percent of the pixels nearest to, or predicted as, the class")
+    print(f"{'class':<16}" + "".join(f"{kind:>20}" for kind in KINDS))
+    for c, by_anchor, by_probability in zip(names, *percent, strict=True):
+        print(f"{c:<16}{by_anchor:>20.1f}{by_probability:>20.1f}".replace("nan", "  -"))
+    shares = (0.05, 0.25, 0.5, 0.75, 0.95)
+    quantiles = dict(zip(shares, log_quantiles(counts["gaps"], shares)))
+    gaps = ", ".join(f"{value:.3g} ({share:.0%})" for share, value in quantiles.items())
+    print(f"quantiles of d' - d*: {gaps}; --margin is {cfg.margin:g}")
+    absent = [c for c, lacks in zip(names, missing) if lacks]
+    silent = [c for c, lacks, count in zip(names, missing, active[0].tolist()) if not lacks and not count]
+    notes = [f"no source pixel, so no anchor: {', '.join(absent)}"] * bool(absent)
+    notes += [f"no active pixel by anchor in the whole target: {', '.join(silent)}"] * bool(silent)
+    notes += [f"{n} of {len(target)} images have no active pixel in {kind}" for kind, n in zip(KINDS, counts["inactive"]) if n]
+    print(*(f"{stage}: {note}\n" for note in notes), sep="", end="", flush=True)
+    items = [target[k] for k in range(0, len(target), max(1, len(target) // 4))[:4]]
+    run.draw(f"{stage}/labels.png",
+             [[denormalise(image), *(colorize(label, run.classes) for label in maps)] for image, _, _, *maps in items],
+             ["target image", f"by anchor, margin {cfg.margin:g}", f"by probability > {cfg.threshold:g}"])
+    shown = {kind: {c: round(value, 2) for c, value in zip(names, values) if not isnan(value)}
+             for kind, values in zip(KINDS, percent)}
+    return {"margin": cfg.margin, "gap_quantiles": quantiles, "active_percent": shown, "notes": notes}
 
 
 if __name__ == "__main__":

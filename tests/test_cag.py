@@ -6,10 +6,13 @@ import contextlib
 import copy
 import dataclasses
 import datetime
+import inspect
+import itertools
 import json
 import math
 import re
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,9 +22,10 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import cag
-from cag import SegmentationDataset, Size, class_list
-from common.data import find_pairs
+from common.cli import Size
+from common.data import Augment, SegmentationDataset, class_list, find_pairs
 from common.deeplab import build_model
+from common.files import UserError
 from common.run import Options, Run
 
 IGNORE = 255
@@ -85,8 +89,8 @@ def eq7(d, margin):
 
 
 def eq8(feat, label, anchors):
-    return mean([sum((p - q) ** 2 for p, q in zip(anchors[y].tolist(), f)) for f, y in zip(rows(feat), label.flatten().tolist())
-                 if y != IGNORE and not anchors[y].isnan().any()])
+    return mean([(p - q) ** 2 for f, y in zip(rows(feat), label.flatten().tolist())
+                 if y != IGNORE and not anchors[y].isnan().any() for p, q in zip(anchors[y].tolist(), f)])
 
 
 def nearest(label, h, w):
@@ -198,11 +202,12 @@ def test_distance_loss_is_eq_8():
     loss.backward()
     assert loss.shape == () and loss.item() == pytest.approx(eq8(feat, label, anchors), rel=1e-12)
     used = [y not in (IGNORE, 1) for y in label.flatten().tolist()]
-    by_hand = [[2 * (p - q) / sum(used) if use else 0 for p, q in zip(f, anchors[y if use else 0].tolist())]
+    by_hand = [[2 * (p - q) / (6 * sum(used)) if use else 0 for p, q in zip(f, anchors[y if use else 0].tolist())]
                for f, y, use in zip(rows(feat), label.flatten().tolist(), used)]
     np.testing.assert_allclose(rows(feat.grad), by_hand, rtol=1e-12)
     corner = feat[1:2, :, :2, :2].detach().requires_grad_()
     assert torch.autograd.gradcheck(lambda f: cag.distance_loss(f, label[1:2, :2, :2], anchors), corner)
+    assert cag.distance_loss(torch.tensor([3.0, 4]).reshape(1, 2, 1, 1), torch.tensor([[[0]]]), torch.zeros(1, 2)) == 12.5
     rounded = feat.detach().bfloat16()
     low = cag.distance_loss(rounded, label, anchors.float())
     assert low.dtype == torch.float32 and low.item() == pytest.approx(eq8(rounded, label, anchors.float()), rel=1e-5)
@@ -251,6 +256,42 @@ def test_discriminator_is_that_of_sec_4_1():
     assert D(x).shape == (1, 1, 5, 10) and D(x[:, :, :8, :16]).shape == (1, 1, 1, 1)
 
 
+def pixels(vectors):
+    """(1, D, 1, M) of M vectors."""
+    return torch.tensor(vectors, dtype=torch.float64).T[None, :, None]
+
+
+def test_golden_numbers():
+    """The values that the paper's loops give, with the departures' means; class 2 has no anchor."""
+    feat, inf = pixels([[1.25, -0.5], [0.25, 2.0], [-1.0, 0.75], [3.0, -2.0]]), math.inf
+    logits = pixels([[2.0, 0.5, -1.0, 0.0], [0.0, 0.25, 1.0, 3.0], [0.5, 0.75, 0.0, -0.5], [-2.0, 1.0, 4.0, 1.5]])
+    anchors = torch.tensor([[1.0, 0.5], [-0.75, 1.25], [math.nan] * 2, [2.0, -1.5]], dtype=torch.float64)
+    label, d = torch.tensor([[[0, 3, IGNORE, 2]]]), cag.anchor_distances(feat, anchors)
+    total, count = cag.class_sums(feat, torch.tensor([[[0, 3, 0, IGNORE]]]), 4)
+    assert total.tolist() == [[0.25, 0.25], [0, 0], [0, 0], [0.25, 2.0]] and count.tolist() == [2, 0, 0, 1]
+    np.testing.assert_allclose(rows(d), [[1.0307764064044151, 2.6575364531836625, inf, 1.25],
+                                         [1.6770509831248424, 1.25, inf, 3.913118960624632],
+                                         [2.0155644370746373, 0.5590169943749475, inf, 3.75],
+                                         [3.2015621187164243, 4.962358310319802, inf, 1.118033988749895]], rtol=1e-12)
+    closest, gap = cag.nearest_anchor(d)
+    assert closest.flatten().tolist() == [0, 1, 1, 3]
+    assert gap.flatten().tolist() == pytest.approx([0.21922359359558485, 0.42705098312484235, 1.4565474426996898,
+                                                    2.0835281299665294], rel=1e-12)
+    assert cag.anchor_pseudo_labels(d, 0.43).flatten().tolist() == [IGNORE, IGNORE, 1, 3]
+    assert cag.probability_pseudo_labels(logits, 0.75).flatten().tolist() == [IGNORE, 3, IGNORE, 2]
+    d_s, d_t = pixels([[0.5], [-1.5]]), pixels([[0.25], [2.0], [-0.75]])
+    values = (cag.cross_entropy_loss(logits, label), cag.distance_loss(feat, label, anchors), cag.adversarial_loss(d_t),
+              cag.discriminator_loss(d_s, d_t))
+    assert torch.stack(values).tolist() == pytest.approx([0.23026451231479297, 4.09375, 0.6132461456789055,
+                                                          1.1004956383801672], rel=1e-12)
+
+
+def test_lambda1_of_76_8_is_the_printed_sum_over_256_channels():
+    feat, label, anchors = random(1, 256, 2, 2), torch.tensor([[[0, 1], [1, IGNORE]]]), anchors_of(2, 256)
+    printed = sum((anchors[y] - torch.tensor(f)).square().sum().item() for f, y in zip(rows(feat), (0, 1, 1)))     # Eq. (8)
+    assert 76.8 * cag.distance_loss(feat, label, anchors).item() == pytest.approx(0.3 * printed / 3, rel=1e-6)
+
+
 # --------------------------------------------------------------------- the training stages, Eq. (12)
 
 
@@ -279,9 +320,6 @@ class TinyD(nn.Sequential):
 class StubRun:
     """What a stage asks of a run; keeps each iteration's losses and gradients, and the first weights of D."""
 
-    world, rank = 1, 0
-    parallel, share, gathered, item_seeds = Run.parallel, Run.share, Run.gathered, Run.item_seeds
-
     def __init__(self, model, batches):
         self.model, self.batches, self.losses, self.gradients, self.D = model, batches, [], [], nn.Identity()
 
@@ -293,7 +331,7 @@ class StubRun:
         self.first_D = copy.deepcopy(self.D)
         return self.D
 
-    def stage(self, name, iterations, state, *datasets, batch_size):
+    def stage(self, name, iterations, state, *datasets, batch_size, note=None):
         self.name, self.state = name, state
         assert batch_size == 1
         for it, batch in enumerate(self.batches):
@@ -403,7 +441,8 @@ def test_gap_quantiles():
     assert cag.log_quantiles(sum(parts), shares) == pytest.approx(np.quantile(gaps, shares).tolist(), rel=0.0115)
     special = cag.log_histogram(torch.tensor([[0.0, math.inf, math.nan], [1e-30, 1e30, 2.0]]))
     assert special.sum() == 4 and special[0] == 2 and special[-1] == 1 and special.dtype == torch.int64
-    assert all(map(math.isnan, cag.log_quantiles(torch.zeros_like(special), shares)))
+    assert cag.log_histogram(torch.full((3,), math.inf)).sum() == 0
+    assert cag.log_quantiles(torch.zeros_like(special), shares) == []
 
 
 # ------------------------------------------------------------------------------------------ on files
@@ -411,7 +450,7 @@ def test_gap_quantiles():
 
 def start(data, runs, *more):
     small = ("--backbone resnet18 --init none --source-size 64x32 --target-size 64x32 --crop 64x32 --workers 0 --no-warmup "
-             "--source-epochs 0.25 --stage-epochs 0.25 --log-every 1 --device cpu")
+             "--source-iterations 2 --stage-epochs 0.25 --log-every 1 --device cpu")
     cag.main(["--data", str(data), "--runs", str(runs), *small.split(), *map(str, more)])
 
 
@@ -420,13 +459,121 @@ def log_of(folder, stage, key):
     return [line for line in lines if line["stage"] == stage and key in line]
 
 
+def kept(folder, k, what):
+    return torch.load(folder / f"stage{k}-{what}.pt", weights_only=True)
+
+
 def images(city, domain):
     return SegmentationDataset(find_pairs(city, domain, labels=domain == "gta5"), domain, class_list("gta5"), Size(64, 32))
 
 
+def where(pair):
+    """The domain and split of an image."""
+    return next(part for part in pair.image.parts if part in ("gta5", "cityscapes")) + "/val" * ("val" in pair.image.parts)
+
+
+class Stages:
+    """Puts itself between main and the stage functions: what each is handed, and which images are read between them."""
+
+    def __init__(self, monkeypatch):
+        self.timeline, self.handed = [], []
+        for name in ("train_source", "warm_up", "prepare_stage", "train_stage"):
+            monkeypatch.setattr(cag, name, self.between(getattr(cag, name)))
+        for name in ("SGD", "Adam"):
+            monkeypatch.setattr(torch.optim, name, self.optimizer(name, getattr(torch.optim, name)))
+        monkeypatch.setattr(SegmentationDataset, "__getitem__", self.item(SegmentationDataset.__getitem__))
+
+    def between(self, function):
+        def called(*args, **kwargs):
+            given = inspect.signature(function).bind(*args, **kwargs).arguments
+            model = given["model"]
+            self.note(f"{function.__name__} {given.get('k', '')}".strip())
+            self.handed.append(handed := {
+                "iterations": given.get("iterations"), "anchors": given.get("anchors"), "before": self.weights(model),
+                "learning": {name.startswith("encoder") for name, m in model.named_modules()
+                             if isinstance(m, nn.BatchNorm2d) and (m.training or m.weight.requires_grad)},
+                **{domain: self.images(given[domain]) for domain in ("source", "target") if domain in given}})
+            returned = function(*args, **kwargs)
+            handed["after"] = self.weights(model)
+            return returned
+        return called
+
+    def optimizer(self, name, kind):
+        def made(groups, **rates):
+            made = kind(groups, **rates)
+            self.handed[-1][name] = sorted(group["lr"] for group in made.param_groups)
+            return made
+        return made
+
+    def item(self, read):
+        def item(dataset, key):
+            got = read(dataset, key)
+            if not isinstance(key, tuple):                                      # an evaluation item
+                self.note(f"{where(dataset.pairs[key])} {got[0].shape[2]}x{got[0].shape[1]}")
+            return got
+        return item
+
+    def note(self, event):
+        self.timeline += [event] * (self.timeline[-1:] != [event])
+
+    @staticmethod
+    def images(dataset):
+        """Where the images are from, how many, their size, their augmentation, the labels; and the folders of maps."""
+        domain, = {where(pair) for pair in dataset.pairs}
+        labelled, = {pair.label is not None for pair in dataset.pairs}
+        return (domain, len(dataset), str(dataset.size), dataset.augment, labelled), [str(Path(x)) for x in dataset.maps]
+
+    @staticmethod
+    def weights(model):
+        return torch.cat([p.detach().double().flatten() for p in model.parameters()]).norm().item()
+
+
+def test_what_every_stage_is_handed(city, tmp_path, monkeypatch):
+    """Five source images, eight of the target, three to test on; all sizes and lengths differ."""
+    shutil.copytree(city, tmp_path / "data")
+    for path in [path for folder in ("images", "labels") for path in sorted((tmp_path / "data/gta5" / folder).iterdir())[5:]]:
+        path.unlink()
+    torch.manual_seed(3)
+    initial = build_model("v3+", "resnet18", 19, "none")
+    torch.save(initial.state_dict(), tmp_path / "initial.pth")
+    flags = ("--init", tmp_path / "initial.pth", *(
+        "--source-size 80x48 --target-size 72x40 --crop 56x24 --scale 1 1.25 --batch-size 2 --source-iterations 3 --warmup "
+        "--warmup-epochs 1.25 --stage-epochs 0.5 --K 2 --lr 1e-3 --encoder-rate 0.5 --lr-discriminator 3e-4").split())
+    stages = Stages(monkeypatch)
+    start(tmp_path / "data", tmp_path, *flags)
+    test, labelling = "cityscapes/val 72x40", ["gta5 80x48", "cityscapes 72x40"]           # Algorithm 1, lines 4 to 6
+    assert stages.timeline == ["train_source", test, "warm_up", test, "prepare_stage 1", *labelling, "train_stage 1", test,
+                               "prepare_stage 2", *labelling, "train_stage 2", test]
+
+    train_source, warm_up, prepare1, stage1, prepare2, stage2 = every = stages.handed
+    augment, folder = Augment(scale=(1.0, 1.25), crop=Size(56, 24)), tmp_path / "cag-gta5"
+    source, target = ("gta5", 5, "80x48", augment, True), ("cityscapes", 8, "72x40", augment, False)
+    assert all(handed["source"] == (source, []) for handed in every)
+    assert all(handed["target"] == (target, []) for handed in (warm_up, prepare1, prepare2))
+    for k, handed in ((1, stage1), (2, stage2)):
+        assert handed["target"] == (target, [f"{folder}/stage{k}/{kind}_labels" for kind in ("anchor", "probability")])
+        written = kept(folder, k, "anchors")["anchors"]
+        assert torch.equal(handed["anchors"].nan_to_num(), written.nan_to_num()) and written.any()
+    assert not torch.equal(stage1["anchors"].nan_to_num(), stage2["anchors"].nan_to_num())
+
+    assert [handed["iterations"] for handed in every] == [3, 5, None, 2, None, 2]          # 8 images are 4 iterations
+    assert train_source["learning"] == {False} and not any(handed["learning"] for handed in every[1:])     # Sec. 4.1
+    assert all(handed["SGD"] == [5e-4, 1e-3] for handed in (train_source, warm_up, stage1, stage2))
+    assert [handed.get("Adam") for handed in every] == [None, [3e-4], None, None, None, None]
+    assert train_source["before"] == stages.weights(initial)
+    assert all(handed["before"] == before["after"] for before, handed in itertools.pairwise(every))
+    assert [handed["before"] != handed["after"] for handed in every] == [True, True, False, True, False, True]
+
+    stages.handed.clear()
+    start(tmp_path / "data", tmp_path, *flags, "--tag", "up", "--stage", "source", "--target-labels")
+    upper = stages.handed[0]
+    assert upper["source"] == (("cityscapes", 8, "72x40", augment, True), []) and upper["iterations"] == 3 + 5 + 2 * 2
+    assert upper["before"] == stages.weights(initial) and upper["learning"] == {False}
+
+
 @pytest.fixture(scope="module")
 def adapted(city, tmp_path_factory):
-    """A run without warm-up: stage 1 with anchors from a file, stage 2 stopped in its first iteration and resumed.
+    """A run without warm-up: stage 1 with anchors from a file, stage 2 stopped in its first iteration and resumed without it.
 
     Gives its folder, the file's anchors, and path -> (time of writing, content) of what stage 2 had when it was stopped.
     """
@@ -447,9 +594,16 @@ def adapted(city, tmp_path_factory):
             start(*argv)
     folder = runs / "cag-gta5"
     assert torch.load(folder / "last.pt", weights_only=True)["stage"] == "stage2"
-    there = {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in (folder / "stage2").rglob("*.p*")}
+    (runs / "anchors.pt").unlink()
+    there = prepared(folder)
     start(*argv)
     return folder, offline, there
+
+
+def prepared(folder):
+    """path -> (time of writing, content) of what stage 2 is prepared by."""
+    files = (*folder.glob("stage2-*.pt"), *folder.glob("stage2/*/*/*.png"))
+    return {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in files}
 
 
 @pytest.mark.parametrize("k", [1, 2])
@@ -457,7 +611,7 @@ def test_a_stage_starts_with_anchors_and_labels_of_the_model_before_it(k, city, 
     folder, offline, _ = adapted
     model = build_model("v3+", "resnet18", 19, "none").eval()
     model.load_state_dict(torch.load(folder / f"{('source', 'stage1')[k - 1]}.pt", weights_only=True)["state"]["model"])
-    anchors = torch.load(folder / f"stage{k}/anchors.pt", weights_only=True)
+    anchors = kept(folder, k, "anchors")["anchors"]
     if k == 1:
         assert torch.equal(anchors, offline)
     else:
@@ -494,9 +648,9 @@ def test_a_stage_starts_with_anchors_and_labels_of_the_model_before_it(k, city, 
 def test_stages_without_warm_up_and_fixed_labels(adapted):
     folder, _, there = adapted
     assert list(json.loads((folder / "results.json").read_text())) == ["source", "stage1", "stage2"]
-    assert sorted(path.name for path in folder.glob("*.pt")) == ["source.pt", "stage1.pt", "stage2.pt"]
-    assert len(there) == 2 * 8 + 2                                              # anchors.pt and labels.png
-    assert there == {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in (folder / "stage2").rglob("*.p*")}
+    assert sorted(path.stem for path in folder.glob("*.pt")) == ["source", "stage1", "stage1-anchors", "stage1-labels",
+                                                                 "stage2", "stage2-anchors", "stage2-labels"]
+    assert len(there) == 2 * 8 + 2 and there == prepared(folder) and (folder / "stage2/labels.png").exists()
 
 
 def test_a_class_without_source_pixels(city, tmp_path, adapted):
@@ -510,9 +664,10 @@ def test_a_class_without_source_pixels(city, tmp_path, adapted):
     start(tmp_path / "data", tmp_path, "--from", adapted[0] / "source.pt", "--K", 1, "--margin", 0.01, "--threshold", 1.0,
           "--terms", "dis_s", "dis_t", "dis_tP", "ce_t", "ce_tP")
     folder = tmp_path / "cag-gta5"
-    anchors = torch.load(folder / "stage1/anchors.pt", weights_only=True)
+    anchors = kept(folder, 1, "anchors")["anchors"]
     assert anchors.isnan().all(dim=1).nonzero().flatten().tolist() == [13] and anchors.isnan().sum() == 256
-    notes = [line["note"] for line in log_of(folder, "stage1", "note")]
+    (line,) = log_of(folder, "stage1", "notes")
+    notes = line["notes"]
     assert notes[0].endswith(": car") and re.search(r"^no active pixel.*: (?!.*car).*rider", notes[1])
     assert len(notes) == 3 and re.search(r"^8 .*images.*probability_labels", notes[2])
     lines = log_of(folder, "stage1", "rate")
@@ -531,17 +686,19 @@ def test_nothing_active_and_sixteen_classes(city, tmp_path):
     lines = log_of(folder, "stage1", "rate")
     assert all(line["ce_t"] == line["ce_tP"] == line["dis_t"] == 0 and line["unlabelled_crops"] == 1 for line in lines)
     assert len(lines) == 2 and all(line["ce_s"] > 0 and line["dis_s"] > 0 for line in lines)
-    notes = [line["note"] for line in log_of(folder, "stage1", "note")]
+    (line,) = log_of(folder, "stage1", "notes")
+    notes = line["notes"]
     assert "no active pixel" in notes[-3] and re.search(r"^8 .*images.*anchor_labels", notes[-2])
     assert re.search(r"^8 .*images.*probability_labels", notes[-1])
-    assert torch.load(folder / "stage1/anchors.pt", weights_only=True).shape == (16, 256)
+    assert kept(folder, 1, "anchors")["anchors"].shape == (16, 256) and kept(folder, 1, "labels")["active"].sum() == 0
     result = json.loads((folder / "results.json").read_text())["stage1"]["single-scale"]
     assert len(result["iou"]) == 16 and {"mIoU", "mIoU*"} <= result.keys()
 
 
 @pytest.mark.parametrize(("content", "words"), [
     (torch.zeros(16, 256), "holds a tensor of shape (16, 256)"), ({"anchors": torch.zeros(19, 256)}, "holds <class 'dict'>"),
-    (torch.full((19, 256), math.nan), "not finite"), ("text", "is not a tensor"), (None, "cannot be read: No such file"),
+    (torch.full((19, 256), math.nan), "not finite"), ("text", "is damaged or not a --offline-anchors file"),
+    (None, "there is no --offline-anchors file"),
 ])
 def test_offline_anchors_that_do_not_fit(content, words, city, tmp_path, capsys):
     path = tmp_path / "file.pt"
@@ -556,28 +713,41 @@ def test_offline_anchors_that_do_not_fit(content, words, city, tmp_path, capsys)
     assert not list((tmp_path / "runs").rglob("*.pt"))
 
 
+def test_offline_anchors_that_are_never_used(city, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        start(city, tmp_path / "runs", "--stage", "source", "--offline-anchors", tmp_path / "file.pt")
+    assert "which this start does not come to" in capsys.readouterr().err and not list((tmp_path / "runs").rglob("*.pt"))
+
+
+def test_evaluation_needs_no_training_images(city, tmp_path, adapted, capsys):
+    for part in ("leftImg8bit/val", "gtFine/val"):
+        shutil.copytree(city / "cityscapes" / part, tmp_path / "cityscapes" / part)
+    start(tmp_path, tmp_path / "runs", "--from", adapted[0] / "stage2.pt", "--eval")
+    assert "mIoU" in capsys.readouterr().out and not (tmp_path / "runs").exists()
+
+
 # ------------------------------------------------------------------------------------- two processes
 
 
 def anchors_labels_and_scores(city, folder, anchors, tag):
-    """What the sweeps of a stage give, with seven images a domain: anchors, `found`, and the matrix in results.json."""
-    cfg, classes = cag.Config(margin=0.05, threshold=0.1), class_list("gta5")
+    """What the sweeps of a stage give, with seven images per domain: anchors, counts, and the matrix in results.json."""
+    cfg = cag.Config(margin=0.05, threshold=0.1)
     run = Run("cag", cfg, Options(runs=str(folder), tag=tag, workers=0, device="cpu"), cag.stage_names(cfg))
     torch.manual_seed(0)
     model = TinyNet(19)
     source, target = images(city, "gta5"), images(city, "cityscapes")
     source.pairs, target.pairs = source.pairs[:7], target.pairs[:7]
-    own = cag.source_anchors(run, model, source, 19)
-    found = cag.label_target(run, cfg, model, anchors, target, folder / "labels")
-    run.keep("source.pt", {})
-    run.evaluate("source", model, source, classes, {"single-scale": {}})
-    return own, found, run.results()["source"]["single-scale"]["matrix"]
+    own = cag.source_anchors(run, model, source)
+    counts = cag.label_target(run, cfg, model, anchors, target, folder / "labels")
+    torch.save({}, run.folder / f"{('source', 'other')[run.rank]}.pt")
+    run.evaluate("source", model, source, {"single-scale": {}})
+    return own, counts, run.results()["source"]["single-scale"]["matrix"]
 
 
 def test_a_label_that_cannot_be_written_ends_the_run(city, tmp_path):
     last = images(city, "cityscapes").pairs[6].name
     (tmp_path / f"labels/probability_labels/{last}.png").mkdir(parents=True)    # a folder in the place of the file
-    with pytest.raises(cag.UserError, match=f"probability_labels/{last}.png"):
+    with pytest.raises(UserError, match=f"probability_labels/{last}.png"):
         anchors_labels_and_scores(city, tmp_path, anchors_of(19, 4).float(), "one")
 
 
@@ -591,15 +761,15 @@ def one_of_two(rank, city, folder, anchors):
 
 def test_two_processes_give_what_one_gives(city, tmp_path):
     anchors = 0.3 * anchors_of(19, 4, 5).float()
-    own, found, matrix = anchors_labels_and_scores(city, tmp_path / "one", anchors, "one")
+    own, counts, matrix = anchors_labels_and_scores(city, tmp_path / "one", anchors, "one")
     (tmp_path / "two").mkdir()
     torch.multiprocessing.spawn(one_of_two, (city, tmp_path / "two", anchors), nprocs=2)
-    assert own.isfinite().any() and found["active"].sum() > 0 and found["pixels"].sum() == 2 * 7 * 16 * 32
+    assert own.isfinite().any() and counts["active"].sum() > 0 and counts["pixels"].sum() == 2 * 7 * 16 * 32
     for rank in range(2):
-        own_, found_, matrix_ = torch.load(tmp_path / f"two/{rank}.pt")
+        own_, counts_, matrix_ = torch.load(tmp_path / f"two/{rank}.pt")
         torch.testing.assert_close(own_, own, rtol=1e-6, atol=0, equal_nan=True)
-        assert matrix_ == matrix and found_.keys() == found.keys()
-        assert all(torch.equal(found_[key], found[key]) for key in found)
+        assert matrix_ == matrix and counts_.keys() == counts.keys()
+        assert all(torch.equal(counts_[key], counts[key]) for key in counts)
     one, two = ({path.relative_to(tmp_path / n): path.read_bytes() for path in (tmp_path / n).rglob("labels/*/*/*.png")}
                 for n in ("one", "two"))
     assert len(one) == 14 and one == two
@@ -617,6 +787,7 @@ def test_defaults_are_the_papers():
     fields = {f.name: f for f in dataclasses.fields(cag.Config) if f.metadata["paper"] is not None}
     assert {name: f.metadata["paper"] for name, f in fields.items()} == PAPER
     assert {name: f.default for name, f in fields.items()} == PAPER
+    assert cag.Config().source_iterations == 20 * 2975                          # 20 epochs of Cityscapes, as the other stages
     assert all(re.fullmatch(r"Sec\. [34]\.\d|Eq\. \(12\)|Table 4", f.metadata["section"]) for f in fields.values())
     assert cag.stage_names(cag.Config()) == ("source", "warmup", "stage1", "stage2", "stage3")
     assert cag.stage_names(cag.Config(warmup=False, K=1)) == ("source", "stage1")

@@ -10,8 +10,8 @@ it pulls target features towards source features of their own class instead of t
     Eq. (7)        hard_labels
     Eq. (8)        soft_labels
     Sec. 3.2       domain_encoding               [a; 0] for the source, [0; a] for the target
-    Eqs. (1), (5)  discriminator_loss            K = 1 and a = 1 (binary_labels) give Eq. (1)
-    Eqs. (4), (6)  adversarial_loss              K = 1 and a = 1 (binary_labels) give Eq. (4)
+    Eqs. (1), (5)  discriminator_loss            binary_labels (K = 1, a = 1) give Eq. (1)
+    Eqs. (4), (6)  adversarial_loss              binary_labels give Eq. (4)
     Eq. (2)        adversarial                   the training stage itself
     Eq. (9)        class_center_distance
     Sec. 4.3       FineGrainedDiscriminator
@@ -25,7 +25,7 @@ Stages: source (20k) -> adversarial (40k) -> distill (20k) -> single-scale and m
 
     python fada.py --toy                                     the toy city, some minutes on two cores
     python fada.py --source gta5                             the paper's GTA5 -> Cityscapes; again to resume
-    torchrun --nproc_per_node=4 fada.py --source gta5        on four GPUs, four times the batch
+    torchrun --nproc_per_node=4 fada.py --source gta5 --batch-size 2      on four GPUs, the paper's eight images
     python fada.py --source cityscapes --target crosscity --city Rome
     python fada.py --source synthia --labels hard --no-distill --from runs/fada-synthia/source.pt --tag hard      Table 5
     python fada.py --source gta5 --eval                      only evaluate what the run has reached
@@ -33,24 +33,21 @@ Stages: source (20k) -> adversarial (40k) -> distill (20k) -> single-scale and m
 Departures:
  1. Eqs. (3), (5), (6): sums are means, over the labelled pixels in (3), over all feature samples in (5) and (6), and each
     domain's half of (5) weighs 0.5; a sum's scale would change with image and batch size.
- 2. Eqs. (5), (6): D's two uses of a target batch share one forward pass. D changes only after both, so the values are the
-    same, and each backward pass is told which weights it may reach.
+ 2. Eqs. (5), (6): D's two uses of a target batch share one forward pass. D changes only after both.
  3. Sec. 3.3: "clipping" sets soft labels above the threshold to the threshold; they are not made to sum to one again.
- 4. Sec. 4.3: self-distillation is named, not described. Here a student that starts from the initial weights learns the
-    argmax of the adapted model on every target pixel, for `distill_iterations`, at the source stage's rates.
- 5. Sec. 4.3: multi-scale testing is named, not described: mean of the softmax over `test_scales`, each also flipped.
- 6. Sec. 4.3: image sizes (`source_size`, `target_size`), the strength of colour jitter (`jitter`) and the classifier's ten
-    times higher rate (common/deeplab.py) are the usual ones of the field; the paper does not give them.
- 7. Sec. 4.3: batch norm of pretrained encoders is frozen (`--freeze-bn`) but in distillation; the paper does not say.
- 8. Sec. 4.3: `batch_size` is eight in every stage; the paper says eight, four per domain, for what has both domains.
- 9. Sec. 4.3: each stage has its own optimizer, and the poly rate's horizon is the stage's own iterations.
-10. Sec. 4.5: Eq. (9) is measured over the labelled pixels of `ccd_images` images per domain on the feature grid: per domain
-    and for both together. The paper does not say whether S_i holds both domains.
+ 4. Sec. 4.3 names self-distillation: here a student that starts from the initial weights learns the argmax of the adapted
+    model on every target pixel, for `distill_iterations`, at the source stage's rates.
+ 5. Sec. 4.3 names multi-scale testing: here the mean of the softmax over `test_scales`, each also flipped.
+ 6. Sec. 4.3 gives no image sizes (SIZES), strength of jitter, rate of the classifier (ten times higher, common/deeplab.py)
+    and batch norm (`--freeze-bn`, `--distill-freeze-bn`): the usual ones of the field.
+ 7. Sec. 4.3: `batch_size` is eight in every stage; the paper says eight, four per domain, for what has both domains.
+ 8. Sec. 4.3: each stage has its own optimizer, and the poly rate's horizon is the stage's own iterations.
+ 9. Sec. 4.5: Eq. (9) runs over the labelled pixels of `ccd_images` images per domain on the feature grid, per domain and
+    for both together; the paper does not say whether S_i holds both.
 
-The published code. Its self-distillation, which Table 4's 49.2 and 50.1 come from, is followed: pseudo labels at 2048x1024
-(`distill_size`) from inputs at `target_size`, images of 2048x1024 resized by `distill_scale`, crop `distill_crop`, flip,
-jitter, batch norm trained for GTA5 and frozen for SYNTHIA, test at `distill_size` (at 1024x512 its users lose about two
-points). The source and adversarial stages (46.9) are tested at `target_size`. Not followed:
+The published code's self-distillation (Table 4's 49.2 and 50.1) is followed: pseudo labels at `distill_size` from inputs at
+`target_size`, images resized by `distill_scale`, flip, jitter, batch norm trained for GTA5 and frozen for SYNTHIA, test at
+`distill_size` (its users lose two points at 1024x512). The stages before it (46.9) are tested at `target_size`. Not followed:
  a. L_seg on logits / T: then T hardly softens Eq. (8), and clipping acts on every confident pixel.
  b. D's outputs and the soft labels upsampled to the image; here Eqs. (5) and (6) run over the feature samples, as printed.
  c. Source images sampled by class rarity; no flip before distillation, jitter only on the adversarial stage's source images.
@@ -72,6 +69,7 @@ from common.data import IGNORE, Augment, SegmentationDataset, save_label
 from common.deeplab import at_least_float32, resize_label, upsample
 from common.distributed import labelled_mean, parallel, sum_over_processes
 from common.files import UserError
+from common.metrics import print_table
 from common.run import Options, Run
 
 STAGES = ("source", "adversarial", "distill")
@@ -82,12 +80,13 @@ SIZES = {"gta5": Size(1280, 720), "synthia": Size(1280, 760), "cityscapes": Size
 class Config:
     """the method; † marks what the paper does not give"""
 
+    backbone: str = option("resnet101", "encoder of DeepLab v2", paper="resnet101", section="Sec. 4.3",
+                           choices=("resnet101", "resnet50", "resnet18", "vgg16"))
     labels: str = option("soft", "class knowledge a: Eq. (8), Eq. (7), or a single class (the baseline)", paper="soft",
                          section="Sec. 4.6", choices=("soft", "hard", "binary"))
     T: float = option(1.8, "temperature of the soft labels, Eq. (8)", paper=1.8, section="Sec. 4.3", low=1e-3)
     clip: float = option(0.9, "soft labels above it become it", paper=0.9, section="Sec. 4.6", low=0.0, high=1.0)
-    hard_threshold: float = option(0.9, "hard labels below this confidence are dropped", paper=0.9, section="Sec. 4.6",
-                                   low=0.0, high=1.0)
+    hard_threshold: float = option(0.9, "hard labels below it are dropped", paper=0.9, section="Sec. 4.6", low=0.0, high=1.0)
     lambda_adv: float = option(0.001, "weight of L_adv, Eq. (2)", paper=0.001, section="Sec. 4.3", low=0.0)
     lr: float = option(2.5e-4, "SGD's initial rate", paper=2.5e-4, section="Sec. 4.3", low=0.0)
     momentum: float = option(0.9, "SGD's momentum", paper=0.9, section="Sec. 4.3", low=0.0, high=1.0)
@@ -96,24 +95,20 @@ class Config:
     beta1: float = option(0.9, "Adam's beta_1 for D", paper=0.9, section="Sec. 4.3", low=0.0, high=0.99999)
     beta2: float = option(0.99, "Adam's beta_2 for D", paper=0.99, section="Sec. 4.3", low=0.0, high=0.99999)
     source_iterations: int = option(20_000, "iterations on the source alone", paper=20_000, section="Sec. 4.3", low=1)
-    adversarial_iterations: int = option(40_000, "iterations of adversarial training", paper=40_000, section="Sec. 4.3",
-                                         low=1)
+    adversarial_iterations: int = option(40_000, "adversarial iterations", paper=40_000, section="Sec. 4.3", low=1)
     distill: bool = option(True, "self-distillation after the adversarial stage", paper=True, section="Sec. 4.3")
     distill_iterations: int = option(20_000, "iterations of self-distillation", low=1)
-    distill_size: Size | None = option(None, "self-distillation's pseudo labels, training images and test have this size; "
+    distill_size: Size | None = option(None, "size of self-distillation's pseudo labels, training images and test; "
                                        "automatic: twice target_size, so 2048x1024")
-    distill_scale: tuple[float, ...] = option((0.5, 1.5), "range of the random resize in self-distillation", low=0.1)
+    distill_scale: tuple[float, float] = option((0.5, 1.5), "range of the random resize in self-distillation", low=0.1)
     distill_crop: Size | None = option(None, "random crop in self-distillation; automatic: target_size, so 1024x512")
-    distill_freeze_bn: str = option("auto", "batch norm kept fixed in self-distillation; auto: as --freeze-bn for SYNTHIA, "
-                                    "none for the others", choices=("auto", "all", "encoder", "none"))
-    batch_size: int = option(8, "images per batch; half of each domain in the adversarial stage", paper=8, section="Sec. 4.3",
-                             low=2)
+    distill_freeze_bn: str = option("auto", "frozen batch norm in self-distillation; auto: none, but as --freeze-bn for "
+                                    "SYNTHIA or where that is given", choices=("auto", "all", "encoder", "affine", "none"))
+    batch_size: int = option(8, "images per batch, of both domains together", paper=8, section="Sec. 4.3", low=2)
     jitter: float = option(0.5, "colour jitter: brightness, contrast, saturation by this, hue by 0.4 of it", low=0.0, high=1.0)
     test_scales: tuple[float, ...] = option((0.7, 1.0, 1.3), "scales of the multi-scale test, each also flipped", low=0.1)
-    ccd: bool = option(False, "also report the class center distance, Eq. (9); needs labels of the target's training set",
-                       defines_run=False)
-    ccd_images: int = option(2000, "images per domain for the class center distance", paper=2000, section="Sec. 4.5", low=1,
-                             defines_run=False)
+    ccd: bool = option(False, "also report Eq. (9); needs labels of the target's training images", defines_run=False)
+    ccd_images: int = option(2000, "images per domain for it", paper=2000, section="Sec. 4.5", low=1, defines_run=False)
 
 
 TOY = dict(data="data/toycity", init="none", backbone="resnet18", source_size=Size(128, 64), target_size=Size(128, 64),
@@ -122,17 +117,12 @@ TOY = dict(data="data/toycity", init="none", backbone="resnet18", source_size=Si
            channels_last=True)
 
 
-# ------------------------------------------------------------------------------------------- the equations
-
-
 def segmentation_loss(logits: Tensor, label: Tensor) -> Tensor:
     """Cross entropy on labelled pixels.
 
     Eq. (3):  L_seg = - sum_i sum_k y_ik log p_ik
 
-    Args:
-        logits: (N, K, h, w) float at feature resolution.
-        label: (N, H, W) int64, classes 0..K-1, 255 ignored.
+    Args: logits (N, K, h, w) float at feature resolution; label (N, H, W) int64, classes 0..K-1, 255 ignored.
     Returns: 0-d, mean over the labelled pixels (the paper sums); exactly 0 if there are none.
     """
     logits = upsample(logits, label.shape[-2:])                                   # (N, K, H, W)
@@ -156,10 +146,7 @@ def soft_labels(logits: Tensor, T: float = 1.8, clip: float = 0.9) -> Tensor:
 
     Eq. (8):  a_k = exp(z_k / T) / sum_j exp(z_j / T);  values above clip become clip (Sec. 3.3, "confidence clipping")
 
-    Args:
-        logits: (N, K, h, w), z.
-        T: temperature, > 0.
-        clip: in [0, 1]; 1 means no clipping.
+    Args: logits (N, K, h, w), z; T, temperature, > 0; clip in [0, 1], 1 means no clipping.
     Returns: (N, K, h, w) in [0, clip], no gradient; after clipping a pixel's values may sum to less than one.
     """
     return (logits.detach() / T).softmax(dim=1).clamp(max=clip)
@@ -191,9 +178,8 @@ def discriminator_loss(d_source: Tensor, d_target: Tensor, a_source: Tensor, a_t
 
     Eq. (5):  L_D = - sum_i sum_k a_ik log P(d=0, c=k | f_i) - sum_j sum_k a_jk log P(d=1, c=k | f_j)
 
-    Args:
-        d_source, d_target: (N, 2K, h, w) raw outputs of D; P is their softmax over the 2K channels.
-        a_source, a_target: (N, K, h, w) class knowledge of the same samples, no gradient.
+    Args: d_source, d_target (N, 2K, h, w), raw outputs of D, whose softmax over the 2K channels is P;
+        a_source, a_target (N, K, h, w), class knowledge of the same samples, no gradient.
     Returns: 0-d; each domain is the mean over its samples (the paper sums), each weighs 0.5.
     """
     log_p_source = F.log_softmax(d_source, dim=1)                                 # (N, 2K, h, w)
@@ -208,9 +194,7 @@ def adversarial_loss(d_target: Tensor, a_target: Tensor) -> Tensor:
 
     Eq. (6):  L_adv = - sum_j sum_k a_jk log P(d=0, c=k | f_j)
 
-    Args:
-        d_target: (N, 2K, h, w) raw outputs of D on target features.
-        a_target: (N, K, h, w) class knowledge of the same samples, no gradient.
+    Args: d_target (N, 2K, h, w) raw outputs of D; a_target (N, K, h, w) class knowledge of the same samples, no gradient.
     Returns: 0-d, mean over the samples (the paper sums).
     """
     log_p = F.log_softmax(d_target, dim=1)                                        # (N, 2K, h, w)
@@ -228,8 +212,7 @@ class FineGrainedDiscriminator(nn.Module):
         self.layers = nn.Sequential(
             nn.Conv2d(in_channels, 256, 3, padding=1), nn.LeakyReLU(0.2),
             nn.Conv2d(256, 128, 3, padding=1), nn.LeakyReLU(0.2),
-            nn.Conv2d(128, 2 * num_classes, 3, padding=1),
-        )
+            nn.Conv2d(128, 2 * num_classes, 3, padding=1))
 
     def forward(self, feat: Tensor) -> Tensor:
         return at_least_float32(self.layers(feat))
@@ -242,12 +225,10 @@ def class_moments(feat: Tensor, label: Tensor, num_classes: int) -> tuple[Tensor
     Returns: count (K,), sum (K, D) and sum of squared norms (K,), all float64.
     """
     feat, label = feat[label != IGNORE].double(), label[label != IGNORE]
-    count = torch.zeros(num_classes, dtype=torch.float64, device=feat.device)
-    total, square = count.new_zeros(num_classes, feat.shape[1]), count.clone()
-    count.index_add_(0, label, torch.ones_like(label, dtype=torch.float64))
-    total.index_add_(0, label, feat)
-    square.index_add_(0, label, feat.pow(2).sum(dim=1))
-    return count, total, square
+    zeros = torch.zeros(num_classes, dtype=torch.float64, device=feat.device)
+    return (zeros.index_add(0, label, torch.ones_like(label, dtype=torch.float64)),
+            feat.new_zeros(num_classes, feat.shape[1]).index_add_(0, label, feat),
+            zeros.index_add(0, label, feat.pow(2).sum(dim=1)))
 
 
 def class_center_distance_from_moments(count: Tensor, total: Tensor, square: Tensor) -> Tensor:
@@ -255,9 +236,8 @@ def class_center_distance_from_moments(count: Tensor, total: Tensor, square: Ten
     center = total / count[:, None]                                               # mu, NaN rows for absent classes
     intra = (square / count - center.pow(2).sum(dim=1)).clamp(min=0)              # mean of |x - mu_i|^2 over S_i
     inter = (center[:, None] - center[None]).pow(2).sum(dim=2)                    # (K, K), |mu_i - mu_j|^2
-    ratio = intra[:, None] / inter
     other = ~torch.eye(len(count), dtype=torch.bool, device=count.device) & (count > 0) & (count > 0)[:, None]
-    return torch.where(other, ratio, 0).sum(dim=1) / torch.where(other, 1.0, 0.0).sum(dim=1)
+    return torch.where(other, intra[:, None] / inter, 0).sum(dim=1) / other.double().sum(dim=1)
 
 
 def class_center_distance(feat: Tensor, label: Tensor) -> Tensor:
@@ -265,17 +245,12 @@ def class_center_distance(feat: Tensor, label: Tensor) -> Tensor:
 
     Eq. (9):  CCD(i) = 1/(K-1) sum_{j != i} [1/|S_i| sum_{x in S_i} ||x - mu_i||^2] / ||mu_i - mu_j||^2
 
-    Args:
-        feat: (M, D) features, one per row.
-        label: (M,) int64 classes, 255 ignored.
+    Args: feat (M, D), one feature per row; label (M,) int64 classes, 255 ignored.
     Returns: (K',) float64 for the K' classes that occur, in ascending order; NaN if there is only one.
     """
     present = label[label != IGNORE].unique()                                     # ascending
     moments = class_moments(feat, label, int(present.max()) + 1 if len(present) else 0)
     return class_center_distance_from_moments(*(moment[present] for moment in moments))
-
-
-# ---------------------------------------------------------------------------------------------- the stages
 
 
 def sgd(model: nn.Module, cfg: Config) -> torch.optim.SGD:
@@ -340,15 +315,19 @@ def write_pseudo_labels(run: Run, model: nn.Module, target: SegmentationDataset,
     return {}
 
 
-def check(cfg: Config, options: Options, distill_size: Size, distill_crop: Size) -> None:
-    """Check the settings before anything is loaded."""
-    low, high = cfg.distill_scale if len(cfg.distill_scale) == 2 else (1, 0)
-    if low > high:
-        raise UserError(f"--distill-scale {' '.join(map(str, cfg.distill_scale))} is no range: give the smallest and the "
-                        "largest factor")
-    largest = Size(round(high * distill_size.width), round(high * distill_size.height))
-    if distill_crop.width > largest.width or distill_crop.height > largest.height:
-        raise UserError(f"--distill-crop {distill_crop} is larger than the images of self-distillation, at most {largest}; "
+def student(run: Run, cfg: Config) -> nn.Module:
+    """Self-distillation's network with its initial weights, its batch norm as --distill-freeze-bn says."""
+    model = run.network("v2", fresh=True)
+    as_before = run.options.source == "synthia" or run.options.freeze_bn != "auto"
+    model.freeze_bn({"auto": model.frozen_bn if as_before else "none"}.get(cfg.distill_freeze_bn, cfg.distill_freeze_bn))
+    return model
+
+
+def check(cfg: Config, options: Options, size: Size, crop: Size) -> None:
+    """Check the method's settings before anything is loaded; size and crop: of self-distillation."""
+    largest = Size(round(cfg.distill_scale[1] * size.width), round(cfg.distill_scale[1] * size.height))
+    if crop.width > largest.width or crop.height > largest.height:
+        raise UserError(f"--distill-crop {crop} is larger than the images of self-distillation, at most {largest}; "
                         "choose a smaller crop or a larger --distill-size")
     if cfg.batch_size % 2:
         raise UserError(f"--batch-size {cfg.batch_size} is odd, and half of a batch comes from each domain; use an even number")
@@ -361,66 +340,60 @@ def main(argv: list[str] | None = None) -> None:
     """The stages in order, each followed by its evaluation."""
     cfg, options = parse("fada.py", __doc__, (Config, Options), argv, TOY)
     size = options.target_size or SIZES[options.target]
-    large, distill_crop = cfg.distill_size or Size(2 * size.width, 2 * size.height), cfg.distill_crop or size
-    check(cfg, options, large, distill_crop)
+    large, crop = cfg.distill_size or Size(2 * size.width, 2 * size.height), cfg.distill_crop or size
+    check(cfg, options, large, crop)
+    augment = Augment(flip=True, jitter=cfg.jitter, crop=options.crop)
+    augment_large = Augment(flip=True, jitter=cfg.jitter, scale=cfg.distill_scale, crop=crop)
     run = Run("fada", cfg, options, STAGES if cfg.distill else STAGES[:2], SIZES)
     test, test_large = run.images(options.target, "val"), run.images(options.target, "val", size=large)
-    single = {"single-scale": {}}
-    both = {**single, "multi-scale + flip": {"scales": cfg.test_scales, "flip": True}}
-    augment = Augment(flip=True, jitter=cfg.jitter, crop=options.crop)
-    source = run.images(options.target if options.target_labels else options.source, "train", augment=augment)
-    target = run.images(options.target, "train", labels=False, augment=augment)
+    single, multi = {"single-scale": {}}, {"multi-scale + flip": {"scales": cfg.test_scales, "flip": True}}
+    analysed = [run.images(domain, "train") for domain in (options.source, options.target) * cfg.ccd]
     model = run.network("v2")
     run.watch(model, test)
     if options.eval:
-        run.evaluate(run.latest, model, test_large if run.latest == "distill" else test, both)
+        run.evaluate(run.latest, model, test_large if run.latest == "distill" else test, single | multi)
+    else:
+        source = run.images(options.target if options.target_labels else options.source, "train", augment=augment)
+        target = run.images(options.target, "train", labels=False, augment=augment)
     if run.pending("source"):                              # train the upper bound for as many iterations as the adapted model
-        iterations = cfg.source_iterations + options.target_labels * cfg.adversarial_iterations
-        train(run, cfg, "source", iterations, model, source)
+        train(run, cfg, "source", cfg.source_iterations + options.target_labels * cfg.adversarial_iterations, model, source)
         run.evaluate("source", model, test, single)
     if run.pending("adversarial"):
         adversarial(run, cfg, model, source, target)
-        run.evaluate("adversarial", model, test, single if cfg.distill else both)
+        run.evaluate("adversarial", model, test, single if cfg.distill else single | multi)
     if run.pending("distill"):
-        folder = run.folder / "pseudo_labels"
-        run.once("distill", "labels", lambda: write_pseudo_labels(run, model, target, folder, large))
-        augment = Augment(flip=True, jitter=cfg.jitter, scale=cfg.distill_scale, crop=distill_crop)
-        target = run.images(options.target, "train", labels=False, augment=augment, size=large).with_maps(folder)
-        model = run.network("v2", fresh=True)              # the student
-        frozen = {"auto": model.frozen_bn if options.source == "synthia" else "none"}
-        model.freeze_bn(frozen.get(cfg.distill_freeze_bn, cfg.distill_freeze_bn))
+        run.once("distill", "labels", lambda: write_pseudo_labels(run, model, target, run.folder / "pseudo_labels", large))
+        images = run.images(options.target, "train", labels=False, size=large, augment=augment_large)
+        model = student(run, cfg)
         run.watch(model, test_large)
-        train(run, cfg, "distill", cfg.distill_iterations, model, target)
-        run.evaluate("distill", model, test_large, both)
+        train(run, cfg, "distill", cfg.distill_iterations, model, images.with_maps(run.folder / "pseudo_labels"))
+        run.evaluate("distill", model, test_large, single | multi)
     if cfg.ccd:
-        report_class_center_distance(run, cfg, model)
+        report_class_center_distance(run, cfg, model, analysed)
 
 
 @torch.no_grad()
-def report_class_center_distance(run: Run, cfg: Config, model: nn.Module) -> None:
+def report_class_center_distance(run: Run, cfg: Config, model: nn.Module, analysed: list[SegmentationDataset]) -> None:
     """Print Eq. (9) per class, for each domain and for both together, from sums that do not grow with the data."""
-    moments = {}
+    moments, device = {}, run.float64_device
     model.eval()
-    for domain in (run.options.source, run.options.target):
-        dataset = run.images(domain, "train")
-        run.seed("ccd", domain)
-        chosen = torch.randperm(len(dataset))[: cfg.ccd_images].sort().values.tolist()
-        subset = torch.utils.data.Subset(dataset, chosen)
-        nothing = torch.zeros(0, model.feat_channels, device=run.float64_device)
-        moments[domain] = class_moments(nothing, nothing[:, 0].long(), model.num_classes)
-        for x, label, _ in run.sweep(f"class center distance, {domain}", subset):
+    for images in analysed:
+        run.seed("ccd", images.dataset)
+        chosen = torch.randperm(len(images))[: cfg.ccd_images].sort().values.tolist()
+        nothing = torch.zeros(0, model.feat_channels, device=device)
+        sums = class_moments(nothing, nothing[:, 0].long(), model.num_classes)
+        for x, label, _ in run.sweep(f"class center distance, {images.dataset}", torch.utils.data.Subset(images, chosen)):
             with run.autocast():
                 feat, _ = model(x)                                                # (1, D, h, w)
-            label = resize_label(label, feat.shape[-2:])                          # (1, h, w)
-            feat, label = feat.to(run.float64_device), label.to(run.float64_device)
-            new = class_moments(feat.permute(0, 2, 3, 1).flatten(0, 2), label.flatten(), model.num_classes)
-            moments[domain] = [a + b for a, b in zip(moments[domain], new, strict=True)]
-        sum_over_processes(*moments[domain])
+            label = resize_label(label, feat.shape[-2:]).flatten().to(device)     # (h w,)
+            new = class_moments(feat[0].flatten(1).T.to(device), label, model.num_classes)
+            sums = [a + b for a, b in zip(sums, new, strict=True)]
+        sum_over_processes(*sums)
+        moments[images.dataset] = sums
     moments["both"] = [sum(parts) for parts in zip(*moments.values(), strict=True)]
-    ccd = {domain: class_center_distance_from_moments(*m).tolist() for domain, m in moments.items()}
-    for k, name in enumerate(run.classes.names):
-        print(f"{name:<16}" + "".join(f"{domain} {values[k]:8.3f}   " for domain, values in ccd.items()))
-    print(f"{'mean':<16}" + "".join(f"{domain} {torch.tensor(values).nanmean():8.3f}   " for domain, values in ccd.items()))
+    ccd = {domain: class_center_distance_from_moments(*sums) for domain, sums in moments.items()}
+    columns = {domain: [*values.tolist(), values.nanmean().item()] for domain, values in ccd.items()}
+    print_table("class center distance, Eq. (9)", columns, (*run.classes.names, "mean"), digits=3)
 
 
 if __name__ == "__main__":

@@ -2,64 +2,54 @@
 
 Wang, Yu, Wei, Feris, Xiong, Hwu, Huang, Shi. CVPR 2020. arXiv:2003.08040
 
-Features of correctly predicted source regions are kept in banks: one a stuff class and image, one a connected region of a
-thing class. The mean feature of every region that the model predicts in a target image is pulled to the most similar kept
+Features of correctly predicted source regions are kept in banks: one per stuff class and image, one per connected region of
+a thing class. The mean feature of every region that the model predicts in a target image is pulled to the most similar kept
 feature of its class, beside adversarial adaptation of the output. Then pseudo labels, and the same once more with them.
 
     Eqs. (1), (10)   segmentation_loss                       L_seg^S, and L_seg^T on pseudo labels
     Eqs. (2), (3)    adversarial_loss, discriminator_loss
     Eq. (4)          correct_label_map                       L_C = L_G intersected with L_P
-    Eq. (5)          masked_mean (A), store_stuff (S^b)
-    Eq. (6)          stuff_loss
+    Eq. (5)          masked_mean (A), store_stuff (S^b)      into a FeatureBank
     Eq. (7)          connected_regions (T), masked_mean (I)
-    Algorithm 1      store_instances (S^k), into a FeatureBank
-    Eq. (8)          instance_loss
-    Sec. 6.2         class_thresholds                        y^k
-    Eq. (9)          pseudo_labels                           y^
+    Algorithm 1      store_instances (S^k)                   into another
+    Eqs. (6), (8)    stuff_loss, instance_loss
+    Eq. (9)          class_thresholds (y^k, Sec. 6.2), pseudo_labels (y^)
     Eq. (11)         augmented_label_map
-    Eqs. (12), (13)  train_step                              step 1; step 2
-    Sec. 5.1         Discriminator
+    Eqs. (12), (13)  train_step                              stage step1; stage step2
+    Sec. 5.1         Discriminator                           D = P(target)
 
     F, C, G = C o F   encoder, classifier, network            f, feat    features, F's output
     L_G, L_P, L_C     label maps on the feature's grid: ground truth, prediction, correct prediction
     S^b, S^k          kept source features                    b in B, k in K   stuff (background), things (foreground)
-    w     `--w`, kept features a stuff class                  z          `--z`, regions a thing class and image; it keeps z w
-    D     discriminator, D = P(target)                        lambda_..  weights in Eqs. (12) and (13)
-
-Stages: step1 -> step2.
+    w     `--w`, kept features per stuff class                z          `--z`, regions per thing class and image; it keeps z w
 
     python sim.py --toy                                      the toy city, some minutes on two cores
     python sim.py --source gta5                              the paper's GTA5 -> Cityscapes; again to resume
     torchrun --nproc_per_node=4 sim.py --source gta5         on four GPUs, four times the batch
-    python sim.py --source gta5 --source-images PATH         with translated source images ("IT")
-    python sim.py --source gta5 --no-ssl --lambda-ci 0 --tag aa                                 Table 2, "+ AA"
-    python sim.py --source gta5 --source-images PATH --no-ssl --w 200 --tag w200                Table 4; 3 by --lambda-ci
+    python sim.py --source gta5 --no-ssl --lambda-ci 0 --tag aa                       Table 2, "+ AA"
+    python sim.py --source gta5 --source-images PATH --no-ssl --w 200 --tag w200      translated ("IT"), Table 4; 3: --lambda-ci
     python sim.py --source gta5 --eval                       only evaluate what the run has reached
 
 Departures:
- 1. Sums over pixels are means over the labelled pixels, Eqs. (2) and (3) are means over D's outputs, Eqs. (6) and (8) means
-    over the images. The paper prints sums, whose scale would change with the image.
- 2. ||x||_1^2 in Eqs. (6) and (8) is read as the mean of |x| over the channels: the abstract says L1 loss, and a squared sum
-    over 2,048 channels has no usable scale.
- 3. Eq. (5) prints j = i mod w: a place would be written only by every w-th image, and left out where the class is absent.
-    Here each class has its own counter, which moves on a write, as c_k of Algorithm 1. "A != 0" is read as: the class occurs.
- 4. Label maps are on the feature's grid: predictions before enlarging, ground truth and pseudo labels by the nearest pixel.
- 5. At most z regions of a class and target image are matched, the largest ones, as Sec. 6.2 says in words; regions are
-    8-connected (the paper does not say), of two equally large ones the first in reading order comes first.
- 6. A place of a bank that was never written is never matched; a class without kept features, or that an image does not
-    have, contributes nothing. In an iteration source features are kept first, then target features are matched.
- 7. y^k is the lower edge of the bin, of 1,000, with the median confidence, the lower one of two; a class that is never
-    predicted has 0.9. Eq. (9) is read as Sec. 6.2 says it: the predicted class, where its own confidence is above y^k.
- 8. lambda_adv is Sec. 5.1's 0.001; Sec. 6.2 prints 0.01.
- 9. 200,000 iterations a step and batches of one image of each domain are not in the paper; nor is a crop (`--crop`). Images
-    are not flipped or jittered: the paper names no augmentation.
-10. Batch norm of pretrained encoders is frozen (`--freeze-bn`), the classifier's rate is ten times higher
-    (common/deeplab.py), each step has its own rate horizon; the paper does not say.
-11. Without `--source-images` the translated images ("IT") of Tables 2 and 6 are missing: the default is AA + SIM + SSL, a row
-    that the paper does not have.
-The authors' code differs from their paper in ways that are not taken: it does not apply Eq. (11); classifies pooled features
-and keeps only those that it classifies rightly; matches a class only after its ring is full; has lambda_ci 0.001 in step 2,
-no Nesterov momentum, D's two terms halved; and holds all confidences of the target set in memory.
+ 1. Eqs. (1)-(3), (6), (8), (10): sums are means, over labelled pixels, D's outputs or images: a sum's scale depends on them.
+ 2. Eqs. (6), (8): ||x||_1^2 is the mean of |x| over channels: the abstract says L1 loss, a squared sum has no usable scale.
+ 3. Eq. (5): j counts a class's writes, as Algorithm 1's c_k: i mod w leaves out places of rare classes. A != 0: it occurs.
+ 4. Sec. 4.1: label maps are on the feature's grid: predictions before enlarging, labels by the nearest pixel centre.
+ 5. Sec. 4.1: regions are 8-connected, which the paper does not say; of equally large ones the first in reading order comes
+    first. At most z regions per class and target image are matched, as Sec. 6.2 says in words.
+ 6. Sec. 4.1: places never written are not matched. In each iteration source features are kept before the target's are matched.
+ 7. Sec. 6.2: y^k is the lower edge of the bin, of 1,000, with the lower median; 0.9 for a class never predicted. Eq. (9) is
+    read as Sec. 6.2 says it: the predicted class, where its own confidence is above y^k.
+ 8. Sec. 6.2 prints lambda_adv 0.01; the default is Sec. 5.1's 0.001.
+ 9. Sec. 5.2 gives no length, batch size, crop or augmentation: 200,000 iterations per step, one image per domain, none, none.
+10. Sec. 5 lacks: frozen batch norm of pretrained encoders, ten times the rate for the classifier, a rate horizon per step.
+11. Table 2 has translated images ("IT") in each row with SIM: without `--source-images` the default is AA + SIM + SSL.
+12. Published code: batch norm, the encoder's only, on batch statistics at batch 1 with fixed affine parameters. This is
+    `--freeze-bn affine`; AdaptSegNet's users, whose mode it is, report 27-29, not 36.6, for "source only" without it.
+13. Published code, not taken, in the matching: Eq. (11) is skipped; pooled features are classified and only those that come out
+    right kept; a class is matched only after its ring is full; grid labels by the nearest corner, 4 pixels off.
+14. Published code, not taken, in training: the best of 40 checkpoints on val, pseudo labels from it, at confidences >= y^k;
+    rates for 250,000 iterations, stopped at 200,000; lambda_ci 0.001 in step 2; no Nesterov; D's terms halved.
 """
 
 from __future__ import annotations
@@ -73,11 +63,13 @@ import torch.nn.functional as F
 from scipy import ndimage
 from torch import Tensor, nn
 
-from common import toycity
-from common.cli import Size, UserError, command, option, parse
-from common.data import IGNORE, Augment, ClassList, SegmentationDataset, class_list, save_label
+from common.cli import Size, command, option, parse
+from common.data import IGNORE, Augment, SegmentationDataset, save_label
 from common.deeplab import at_least_float32, resize_label, upsample
-from common.run import Options, Run, check_domains, sum_over_processes
+from common.distributed import gather, labelled_mean, parallel, sum_over_processes
+from common.files import UserError
+from common.metrics import print_table
+from common.run import Options, Run
 from common.viz import colorize, denormalise
 
 BINS = 1000                                            # of confidences; 0.9 is an edge of a bin
@@ -89,20 +81,13 @@ SIZES = {"gta5": Size(1280, 720), "synthia": Size(1280, 760), "cityscapes": Size
 class Config:
     """the method; † marks what the paper does not give"""
 
-    source: str = option("gta5", "source domain", choices=("gta5", "synthia", "cityscapes"))
-    target: str = option("cityscapes", "target domain", choices=("cityscapes", "crosscity"))
-    city: str = option("Rome", "city of Cross-City", choices=("Rome", "Rio", "Tokyo", "Taipei"))
-    backbone: str = option("resnet101", "encoder of DeepLab v2", paper="resnet101", section="Sec. 5.1",
-                           choices=("resnet101", "resnet50", "resnet18", "vgg16"))
-    freeze_bn: str = option("auto", "batch norm kept fixed; auto: encoder, or none with --init none",
-                            choices=("auto", "all", "encoder", "none"))
     ssl: bool = option(True, "step 2, with pseudo labels", paper=True, section="Table 2")
     lambda_seg: float = option(1.0, "weight of L_seg", paper=1.0, section="Sec. 5.1", low=0.0)
     lambda_adv: float = option(0.001, "weight of L_adv, Eq. (2); 0: without AA", paper=0.001, section="Sec. 5.1", low=0.0)
     lambda_ci: float = option(0.01, "weight of L_stf + L_ins; 0: without SIM", paper=0.01, section="Table 3", low=0.0)
     lambda_D: float = option(1.0, "weight of L_D, Eq. (3)", paper=1.0, section="Sec. 5.1", low=0.0)
-    w: int = option(50, "kept features of a stuff class", paper=50, section="Table 4", low=1)
-    z: int = option(10, "regions of a thing class and image, at most; z w are kept", paper=10, section="Algorithm 1", low=1)
+    w: int = option(50, "kept features per stuff class", paper=50, section="Table 4", low=1)
+    z: int = option(10, "regions per thing class and image, at most; z w are kept", paper=10, section="Algorithm 1", low=1)
     cap: float = option(0.9, "highest confidence threshold of a pseudo label", paper=0.9, section="Sec. 6.2", low=0.0, high=1.0)
     lr: float = option(2.5e-4, "SGD's initial rate", paper=2.5e-4, section="Sec. 5.2", low=0.0)
     momentum: float = option(0.9, "SGD's momentum", paper=0.9, section="Sec. 5.2", low=0.0, high=1.0)
@@ -111,28 +96,20 @@ class Config:
     lr_discriminator: float = option(1e-4, "Adam's initial rate for D", paper=1e-4, section="Sec. 5.2", low=0.0)
     beta1: float = option(0.9, "Adam's beta_1 for D", paper=0.9, section="Sec. 5.2", low=0.0, high=0.99999)
     beta2: float = option(0.99, "Adam's beta_2 for D", paper=0.99, section="Sec. 5.2", low=0.0, high=0.99999)
-    iterations: int = option(200_000, "iterations of each step", low=1)
-    batch_size: int = option(1, "images a batch, of each domain", low=1)
-    source_size: Size | None = option(None, "source images are resized to it; automatic: 1280x720 for GTA5 (Sec. 6.1), "
-                                      "1280x760 for SYNTHIA, 1024x512 for Cityscapes")
-    target_size: Size | None = option(None, "target images are resized to it, also in the test; automatic: 1024x512 (Sec. 6.1)")
-    crop: Size | None = option(None, "random crop of both domains in training; automatic: none")
+    iterations: int = option(200_000, "iterations per step", low=1)
+    batch_size: int = option(1, "images per batch, of each domain", low=1)
+    source_size: Size | None = option(None, "source images are resized to it; automatic: the paper's, 1024x512 for Cityscapes",
+                                      paper="1280x720, SYNTHIA 1280x760", section="Sec. 6.1")
+    target_size: Size | None = option(None, "target images are resized to it, also in the test; automatic: 1024x512",
+                                      paper="1024x512", section="Sec. 6.1")
 
 
 TOY = dict(data="data/toycity", init="none", backbone="resnet18", source_size=Size(128, 64), target_size=Size(128, 64),
            iterations=400, batch_size=2, lr=2.5e-3, lambda_adv=0.01, lambda_ci=0.1, lr_discriminator=3e-4, workers=0,
            amp="bf16", channels_last=True)
 
-RESULTS = {                                            # `make results METHOD=sim`: row -> (stage reported, flags of its run)
-    "source only": ("step1", "--no-ssl --lambda-adv 0 --lambda-ci 0"),
-    "+ adversarial": ("step1", "--no-ssl --lambda-ci 0"),
-    "+ SIM": ("step1", ""),
-    "+ SSL": ("step2", ""),
-    "target only (upper bound)": ("step1", "--stage step1 --target-labels"),
-}
 
-
-# ------------------------------------------------------------------------ segmentation, adversarial adaptation
+# ------------------------------------------------------------------------------------------ the equations
 
 
 def segmentation_loss(logits: Tensor, label: Tensor) -> Tensor:
@@ -140,14 +117,11 @@ def segmentation_loss(logits: Tensor, label: Tensor) -> Tensor:
 
     Eqs. (1), (10):  L_seg = - sum_i,h,w sum_k y_i^(h,w) log S(C(f_i)^(h,w))^(k),  S: softmax
 
-    Args:
-        logits: (N, K, h, w) float at feature resolution.
-        label: (N, H, W) int64, ground truth or pseudo labels, 255 ignored.
+    Args: logits (N, K, h, w) at feature resolution; label (N, H, W) int64, ground truth or pseudo labels, 255 ignored.
     Returns: 0-d, mean over the labelled pixels (the paper sums); exactly 0 if there are none.
     """
     logits = upsample(logits, label.shape[-2:])                                   # (N, K, H, W)
-    loss = F.cross_entropy(logits, label, ignore_index=IGNORE, reduction="sum")
-    return loss / (label != IGNORE).sum().clamp(min=1)
+    return labelled_mean(F.cross_entropy(logits, label, ignore_index=IGNORE, reduction="none"), label != IGNORE)
 
 
 def adversarial_loss(d_target: Tensor) -> Tensor:
@@ -171,10 +145,7 @@ def discriminator_loss(d_source: Tensor, d_target: Tensor) -> Tensor:
 
 
 class Discriminator(nn.Module):
-    """Sec. 5.1: five 4x4 convolutions of stride 2 with {64, 128, 256, 512, 1} channels, Leaky-ReLU 0.2 between them.
-
-    forward: softmax output (N, K, H, W), H and W at least 32 -> raw outputs (N, 1, H/32, W/32).
-    """
+    """Sec. 5.1: softmax outputs (N, K, H, W), H and W at least 32 -> raw outputs (N, 1, H/32, W/32)."""
 
     def __init__(self, num_classes: int):
         super().__init__()
@@ -190,16 +161,12 @@ class Discriminator(nn.Module):
         return at_least_float32(self.layers(prob))
 
 
-# ------------------------------------------------------------------------------- stuff and instance matching
-
-
 def correct_label_map(logits: Tensor, label: Tensor) -> Tensor:
     """The label where the prediction is right.
 
     Eq. (4):  L_P = argmax_k C(f)^(k);  L_C = L_G intersected with L_P
 
-    Args: logits (N, K, h, w); label (N, h, w) int64 on the same grid, 255 ignored.
-    Returns: (N, h, w) int64, 255 where the prediction is wrong or there is no label.
+    Args: logits (N, K, h, w); label (N, h, w) int64, 255 ignored.  Returns: (N, h, w) int64, 255 where it is wrong or ignored.
     """
     return torch.where(logits.argmax(dim=1) == label, label, IGNORE)
 
@@ -232,17 +199,30 @@ def connected_regions(label_map: Tensor, k: int, limit: int = 10) -> Tensor:
     return torch.from_numpy(regions == largest[:, None, None]).to(label_map.device)
 
 
+def regions(feat: Tensor, label_map: Tensor, classes: list[int], limit: int | None):
+    """Per image and class that occurs: the class, its regions (m, h, w) bool on the CPU, their mean features (m, D).
+
+    Args: feat (N, D, h, w); label_map (N, h, w) int64; limit: of connected regions, Eq. (7); None: a class is one, Eq. (5).
+    """
+    for f, labels in zip(feat, label_map.cpu()):                                  # where scipy works
+        masks = {k: (labels == k)[None] if limit is None else connected_regions(labels, k, limit)
+                 for k in classes if (labels == k).any()}
+        if masks:
+            means = masked_mean(f, torch.cat(list(masks.values())).to(f.device))  # (all regions, D), in one pass
+            yield from zip(masks, masks.values(), means.split([len(m) for m in masks.values()]))
+
+
 class FeatureBank(nn.Module):
     """S in Eqs. (5), (6), (8) and Algorithm 1: the last `slots` source features of each class, in a ring.
 
-    Args: classes: class indices; slots: places a class, w for stuff and z w for things; dim: D.
-    Its state_dict holds `features` (classes, slots, D) and `written` (classes,), how many were ever written.
+    Args: classes: class indices; slots: places per class, w for stuff and z w for things; dim: D; device: of the features.
+    Its state_dict holds `features` (classes, slots, D) and `written` (classes,), on the CPU: how many were ever written.
     """
 
-    def __init__(self, classes: list[int], slots: int, dim: int):
+    def __init__(self, classes: list[int], slots: int, dim: int, device: torch.device | str = "cpu"):
         super().__init__()
         self.classes, self.slots = list(classes), slots
-        self.register_buffer("features", torch.zeros(len(self.classes), slots, dim))
+        self.register_buffer("features", torch.zeros(len(self.classes), slots, dim, device=device))
         self.register_buffer("written", torch.zeros(len(self.classes), dtype=torch.int64))
 
     @torch.no_grad()
@@ -258,24 +238,6 @@ class FeatureBank(nn.Module):
         return self.features[row, :int(self.written[row])]
 
 
-def stuff_features(feat: Tensor, label_map: Tensor, classes: list[int]) -> dict[int, Tensor]:
-    """A of Eq. (5) for one image: class -> (1, D), for the classes that occur. Args: feat (D, h, w), label_map (h, w)."""
-    masks = label_map == torch.tensor(classes, device=label_map.device)[:, None, None]          # (B, h, w)
-    occurs = masks.flatten(1).any(dim=1)
-    present = [b for b, there in zip(classes, occurs.tolist()) if there]
-    return dict(zip(present, masked_mean(feat, masks[occurs]).split(1)))
-
-
-def instance_features(feat: Tensor, label_map: Tensor, classes: list[int], limit: int = 10) -> dict[int, Tensor]:
-    """I of Eq. (7) for one image: class -> (m, D), one row a region, for the classes that occur. Args: as `stuff_features`."""
-    label_map = label_map.cpu()                                                   # where scipy works
-    regions = {k: connected_regions(label_map, k, limit) for k in classes if (label_map == k).any()}
-    if not regions:
-        return {}
-    means = masked_mean(feat, torch.cat(list(regions.values())).to(feat.device))  # (all regions, D), in one pass
-    return dict(zip(regions, means.split([len(r) for r in regions.values()])))
-
-
 def store_stuff(feat: Tensor, label_map: Tensor, bank: FeatureBank) -> None:
     """Keep the stuff features of source images.
 
@@ -283,9 +245,8 @@ def store_stuff(feat: Tensor, label_map: Tensor, bank: FeatureBank) -> None:
 
     Args: feat (N, D, h, w); label_map (N, h, w) int64 of Eq. (4); bank of the stuff classes.
     """
-    for f, labels in zip(feat.detach(), label_map):
-        for b, mean in stuff_features(f, labels, bank.classes).items():
-            bank.write(b, mean[0])
+    for b, _, (mean,) in regions(feat.detach(), label_map, bank.classes, limit=None):
+        bank.write(b, mean)
 
 
 def store_instances(feat: Tensor, label_map: Tensor, bank: FeatureBank, limit: int = 10) -> None:
@@ -295,10 +256,9 @@ def store_instances(feat: Tensor, label_map: Tensor, bank: FeatureBank, limit: i
 
     Args: feat (N, D, h, w); label_map (N, h, w) int64 of Eq. (4); bank of the thing classes; limit, z.
     """
-    for f, labels in zip(feat.detach(), label_map):
-        for k, means in instance_features(f, labels, bank.classes, limit).items():
-            for mean in means:
-                bank.write(k, mean)
+    for k, _, means in regions(feat.detach(), label_map, bank.classes, limit):
+        for mean in means:
+            bank.write(k, mean)
 
 
 def nearest_sample(query: Tensor, samples: Tensor) -> tuple[Tensor, Tensor]:
@@ -314,6 +274,15 @@ def nearest_sample(query: Tensor, samples: Tensor) -> tuple[Tensor, Tensor]:
     return (query - samples[nearest]).abs().mean(dim=1), nearest
 
 
+def matching_loss(feat: Tensor, label_map: Tensor, bank: FeatureBank, limit: int | None) -> Tensor:
+    """Eqs. (6) and (8) for the `regions` of a limit: mean over a class's regions, sum over classes, mean over images."""
+    loss = at_least_float32(feat[..., :0]).sum()                                  # 0, with a gradient of 0
+    for k, _, means in regions(feat, label_map, bank.classes, limit):
+        if len(bank.samples(k)):
+            loss = loss + nearest_sample(means, bank.samples(k))[0].mean()
+    return loss / len(feat)
+
+
 def stuff_loss(feat: Tensor, label_map: Tensor, bank: FeatureBank) -> Tensor:
     """Pull every stuff class of a target image to its most similar source image.
 
@@ -322,12 +291,7 @@ def stuff_loss(feat: Tensor, label_map: Tensor, bank: FeatureBank) -> Tensor:
     Args: feat (N, D, h, w); label_map (N, h, w) int64, predicted, 255 ignored; bank of the stuff classes.
     Returns: 0-d, sum over the classes that occur and have kept features, mean over the N images.
     """
-    loss = at_least_float32(feat[..., :0]).sum()                                  # 0, with a gradient of 0
-    for f, labels in zip(feat, label_map):
-        for b, mean in stuff_features(f, labels, bank.classes).items():
-            if len(bank.samples(b)):
-                loss = loss + nearest_sample(mean, bank.samples(b))[0].sum()
-    return loss / len(feat)
+    return matching_loss(feat, label_map, bank, limit=None)                       # one region per class
 
 
 def instance_loss(feat: Tensor, label_map: Tensor, bank: FeatureBank, limit: int = 10) -> Tensor:
@@ -335,19 +299,10 @@ def instance_loss(feat: Tensor, label_map: Tensor, bank: FeatureBank, limit: int
 
     Eq. (8):  L_ins = sum_i sum_k 1 / |R_k| sum_{r in R_k} min_j || I(r, f_i) - S_j^k ||_1^2
 
-    Args: feat (N, D, h, w); label_map (N, h, w) int64, predicted, 255 ignored; bank of the thing classes; limit, regions a
-        class and image.
+    Args: as for `stuff_loss`; bank of the thing classes; limit, regions per class and image.
     Returns: 0-d, mean over a class's regions, summed over the classes with kept features, mean over the N images.
     """
-    loss = at_least_float32(feat[..., :0]).sum()                                  # 0, with a gradient of 0
-    for f, labels in zip(feat, label_map):
-        for k, means in instance_features(f, labels, bank.classes, limit).items():
-            if len(bank.samples(k)):
-                loss = loss + nearest_sample(means, bank.samples(k))[0].mean()
-    return loss / len(feat)
-
-
-# ------------------------------------------------------------------------------------ self-supervised learning
+    return matching_loss(feat, label_map, bank, limit)
 
 
 def class_thresholds(histogram: Tensor, cap: float = 0.9) -> Tensor:
@@ -368,8 +323,7 @@ def pseudo_labels(logits: Tensor, thresholds: Tensor) -> Tensor:
 
     Eq. (9):  y^ = argmax_k 1[S(C(f))^(k) > y^k] C(f)^(k), "don't care" where the condition is false
 
-    Args: logits (N, K, h, w); thresholds (K,), y^k.
-    Returns: (N, h, w) int64, 255 where the confidence is not strictly above.
+    Args: logits (N, K, h, w); thresholds (K,), y^k.  Returns: (N, h, w) int64, 255 where the confidence is not strictly above.
     """
     confidence, label = logits.softmax(dim=1).max(dim=1)                          # (N, h, w) each
     return torch.where(confidence > thresholds[label], label, IGNORE)
@@ -380,24 +334,23 @@ def augmented_label_map(prediction: Tensor, pseudo_label: Tensor) -> Tensor:
 
     Eq. (11):  L_P <- y^ where L_P != y^, and there is a y^
 
-    Args: prediction, pseudo_label (N, h, w) int64 on one grid, the latter with 255 for none.
-    Returns: (N, h, w) int64.
+    Args: prediction, pseudo_label (N, h, w) int64 on one grid, the latter with 255 for none.  Returns: (N, h, w) int64.
     """
     return torch.where(pseudo_label != IGNORE, pseudo_label, prediction)
 
 
-# ------------------------------------------------------------------------------------------------- the steps
+# ---------------------------------------------------------------------------------------------- the steps
 
 
-def make_banks(run: Run, cfg: Config, classes: ClassList, dim: int) -> tuple[FeatureBank, FeatureBank]:
-    """Empty banks of stuff, with w places a class, and of things, with z w."""
-    stuff = [k for k, name in enumerate(classes.names) if name in STUFF]
-    things = [k for k, name in enumerate(classes.names) if name not in STUFF]
-    return FeatureBank(stuff, cfg.w, dim).to(run.device), FeatureBank(things, cfg.z * cfg.w, dim).to(run.device)
+def make_banks(run: Run, cfg: Config, dim: int) -> tuple[FeatureBank, FeatureBank]:
+    """Empty banks of stuff, with w places per class, and of things, with z w."""
+    stuff = [k for k, name in enumerate(run.classes.names) if name in STUFF]
+    things = [k for k, name in enumerate(run.classes.names) if name not in STUFF]
+    return FeatureBank(stuff, cfg.w, dim, run.device), FeatureBank(things, cfg.z * cfg.w, dim, run.device)
 
 
 def train_step(run: Run, cfg: Config, step: int, model: nn.Module, stuff: FeatureBank, things: FeatureBank,
-               source: SegmentationDataset, target: SegmentationDataset) -> None:
+               source: SegmentationDataset, target: SegmentationDataset, note: dict | None = None) -> None:
     """Step 1 by Eq. (12), step 2 by Eq. (13): min over G, in turn with min over D of lambda_D L_D."""
     run.seed("discriminator", step)
     D = run.place(Discriminator(model.num_classes))
@@ -406,32 +359,29 @@ def train_step(run: Run, cfg: Config, step: int, model: nn.Module, stuff: Featur
     optimizer_D = torch.optim.Adam(D.parameters(), lr=cfg.lr_discriminator, betas=(cfg.beta1, cfg.beta2))
     weights_G, weights_D = [p for p in model.parameters() if p.requires_grad], list(D.parameters())
     state = {"model": model, "D": D, "stuff": stuff, "things": things, "optimizer": optimizer, "optimizer_D": optimizer_D}
-    model, D = run.parallel(model), run.parallel(D)
-    for _, (x_s, y_s), (x_t, _, *y_hat) in run.stage(f"step{step}", cfg.iterations, state, source, target,
-                                                     batch_size=cfg.batch_size):
+    model, D = parallel(model), parallel(D)
+    for _, (x_s, y_s), (x_t, _, *y_t) in run.stage(f"step{step}", cfg.iterations, state, source, target,
+                                                     batch_size=cfg.batch_size, note=note):
         with run.autocast():
             feat_s, logits_s = model(x_s)                                         # (N, D, h, w), (N, K, h, w)
             feat_t, logits_t = model(x_t)
-        prob_s = upsample(logits_s, x_s.shape[-2:]).softmax(dim=1)                # (N, K, H, W)
-        prob_t = upsample(logits_t, x_t.shape[-2:]).softmax(dim=1)
-        with run.autocast():
+            prob_s = upsample(logits_s, x_s.shape[-2:]).softmax(dim=1)            # (N, K, H, W)
+            prob_t = upsample(logits_t, x_t.shape[-2:]).softmax(dim=1)
             d_s, d_t = D(prob_s.detach()), D(prob_t)                              # (N, 1, H/32, W/32)
 
         correct = correct_label_map(logits_s, resize_label(y_s, logits_s.shape[-2:]))           # Eq. (4)
-        kept, correct = run.gathered(feat_s), run.gathered(correct)               # of all processes
-        store_stuff(kept, correct, stuff)                                         # Eq. (5)
-        store_instances(kept, correct, things, cfg.z)                             # Algorithm 1
+        feat_s, correct = gather(feat_s), gather(correct)                         # of all processes
+        store_stuff(feat_s, correct, stuff)                                       # Eq. (5)
+        store_instances(feat_s, correct, things, cfg.z)                           # Algorithm 1
         label_map = logits_t.argmax(dim=1)                                        # (N, h, w), L_P of the target
-        loss_seg = {"seg_s": segmentation_loss(logits_s, y_s) * run.share(y_s != IGNORE)}       # Eq. (1)
+        loss_seg = {"seg_s": segmentation_loss(logits_s, y_s)}                    # Eq. (1)
         if step == 2:
-            (y_t,) = y_hat
-            loss_seg["seg_t"] = segmentation_loss(logits_t, y_t) * run.share(y_t != IGNORE)     # Eq. (10)
-            label_map = augmented_label_map(label_map, resize_label(y_t, label_map.shape[-2:]))              # Eq. (11)
+            loss_seg["seg_t"] = segmentation_loss(logits_t, *y_t)                 # Eq. (10)
+            label_map = augmented_label_map(label_map, resize_label(*y_t, label_map.shape[-2:]))             # Eq. (11)
         loss_stf = stuff_loss(feat_t, label_map, stuff)                           # Eq. (6)
         loss_ins = instance_loss(feat_t, label_map, things, cfg.z)                # Eq. (8)
         loss_adv, loss_D = adversarial_loss(d_t), discriminator_loss(d_s, d_t)    # Eqs. (2), (3)
-        loss = (cfg.lambda_seg * sum(loss_seg.values()) + cfg.lambda_adv * loss_adv
-                + cfg.lambda_ci * (loss_stf + loss_ins))                          # Eq. (12) or (13)
+        loss = cfg.lambda_seg * sum(loss_seg.values()) + cfg.lambda_adv * loss_adv + cfg.lambda_ci * (loss_stf + loss_ins)
 
         optimizer.zero_grad()
         optimizer_D.zero_grad()
@@ -443,76 +393,43 @@ def train_step(run: Run, cfg: Config, step: int, model: nn.Module, stuff: Featur
 
 
 @torch.no_grad()
-def write_pseudo_labels(run: Run, cfg: Config, model: nn.Module, target: SegmentationDataset, folder: Path,
-                        classes: ClassList) -> None:
-    """Sec. 4.2 and 6.2: one pass over the target set for the thresholds, one for the labels; nothing is held but counts."""
-    run.prepare("step2")
-    histogram = torch.zeros(len(classes) * BINS, dtype=torch.int64, device=run.device)
+def write_pseudo_labels(run: Run, cfg: Config, model: nn.Module, target: SegmentationDataset, folder: Path) -> dict:
+    """Sec. 6.2: one pass over the target for the thresholds, one for the labels. Returns both in figures per class, to log."""
+    names, K = run.classes.names, len(run.classes)
+    histogram = torch.zeros(K, BINS, dtype=torch.int64, device=run.device)
+    labelled = torch.zeros(K, dtype=torch.int64, device=run.device)
     model.eval()
-    for x, *_ in run.sweep("confidences", target, shared=True):
+    for x, *_ in run.sweep("confidences", target):
         with run.autocast():
             _, logits = model(x)                                                  # (1, K, h, w)
         confidence, label = upsample(logits, x.shape[-2:]).softmax(dim=1).max(dim=1)            # (1, H, W) each
-        index = label * BINS + (confidence * BINS).long().clamp(max=BINS - 1)
-        histogram += index.flatten().bincount(minlength=len(histogram))
+        pair = label * BINS + (confidence * BINS).long().clamp(max=BINS - 1)
+        histogram += pair.flatten().bincount(minlength=K * BINS).view(K, BINS)
     sum_over_processes(histogram)
-    predicted = histogram.view(len(classes), BINS)
-    thresholds = class_thresholds(predicted, cfg.cap).float()
+    thresholds = class_thresholds(histogram, cfg.cap).float()
 
-    labelled = torch.zeros(len(classes), dtype=torch.int64, device=run.device)
-    for x, _, (name,) in run.sweep("pseudo labels", target, shared=True):
+    for x, _, (name,) in run.sweep("pseudo labels", target):
         with run.autocast():
             _, logits = model(x)
         label = pseudo_labels(upsample(logits, x.shape[-2:]), thresholds)         # (1, H, W)
-        labelled += label[label != IGNORE].bincount(minlength=len(classes))
+        labelled += label[label != IGNORE].bincount(minlength=K)
         save_label(folder / f"{name}.png", label[0])
     sum_over_processes(labelled)
-    model.train()
 
-    percent = (100 * labelled / predicted.sum(dim=1)).tolist()                    # NaN: never predicted
-    print("\npseudo labels of the target, in percent of the pixels predicted as the class")
-    for name, threshold, share in zip(classes.names, thresholds.tolist(), percent):
-        print(f"{name:<16}threshold {threshold:.3f}" + ("never predicted".rjust(17) if share != share else f"{share:17.1f}"))
-    print(f"{'all':<16}{100 * float(labelled.sum() / predicted.sum()):32.1f}", flush=True)
-    run.log(stage="step2", iteration=0, thresholds=dict(zip(classes.names, thresholds.tolist())),
-            labelled_percent={name: round(share, 2) for name, share in zip(classes.names, percent) if share == share})
-
-
-@torch.no_grad()
-def draw_matches(run: Run, cfg: Config, step: int, model: nn.Module, stuff: FeatureBank, things: FeatureBank,
-                 target: SegmentationDataset, classes: ClassList) -> None:
-    """A picture: target image, prediction on the feature's grid, and its regions, each in the colour of the source sample
-    that it is pulled to (black: the class has none)."""
-    rows = []
-    model.eval()
-    for i in range(0, len(target), max(1, len(target) // 4))[:4]:
-        image = target[i][0]
-        with run.autocast():
-            feat, logits = model(run.place(image[None]))
-        label_map = logits[0].argmax(dim=0).cpu()                                 # (h, w)
-        regions = {k: (label_map == k)[None] for k in stuff.classes}              # class -> (m, h, w)
-        regions |= {k: connected_regions(label_map, k, cfg.z) for k in things.classes}
-        painted = torch.zeros(*label_map.shape, 3, dtype=torch.int64)
-        for k, masks in regions.items():
-            samples = (stuff if k in stuff.classes else things).samples(k)
-            if len(samples) and masks.any():
-                _, nearest = nearest_sample(masked_mean(feat[0], masks.to(feat.device)), samples)
-                for mask, j in zip(masks, nearest.tolist()):
-                    painted[mask] = torch.from_numpy(np.random.default_rng((k, j)).integers(64, 256, 3))
-        photo = denormalise(image)                                                # (H, W, 3)
-        grids = torch.stack([torch.from_numpy(colorize(label_map, classes)), painted]).permute(0, 3, 1, 2)
-        rows.append([photo, *F.interpolate(grids.float(), photo.shape[:2]).permute(0, 2, 3, 1).byte().numpy()])
-    model.train()
-    run.draw(f"step{step}-matches.png", rows, ["target", "prediction on the grid", "colour: its source sample"])
+    percent = (100 * labelled / histogram.sum(dim=1)).tolist()                    # NaN: never predicted
+    print_table("pseudo labels of the target, in percent: y^k, and the labelled pixels of those predicted as the class",
+                {"threshold": [*(100 * thresholds).tolist(), None],
+                 "labelled": [*percent, 100 * float(labelled.sum() / histogram.sum())]}, [*names, "all"])
+    return {"thresholds": dict(zip(names, thresholds.tolist())),
+            "labelled_percent": {name: round(share, 2) for name, share in zip(names, percent) if share == share}}
 
 
 def check(cfg: Config, options: Options) -> None:
-    """Refuse what cannot be meant, before anything is loaded."""
-    sizes = [cfg.source_size or SIZES[cfg.source], cfg.target_size or SIZES[cfg.target]]
-    check_domains(cfg, options, "step1", sizes)
+    """Check the method's settings before anything is loaded."""
     if cfg.nesterov and cfg.momentum == 0:
         raise UserError("--momentum 0 has no Nesterov kind: add --no-nesterov")
-    for size in [cfg.crop] if cfg.crop else sizes:
+    sizes = [options.source_size or SIZES[options.source], options.target_size or SIZES[options.target]]
+    for size in [options.crop] if options.crop else sizes:
         if min(size) < 32:
             raise UserError(f"images of {size} are too small for the discriminator: each side needs 32 pixels at least")
 
@@ -522,40 +439,51 @@ def main(argv: list[str] | None = None) -> None:
     """Step 1, pseudo labels, step 2; each step followed by its evaluation."""
     cfg, options = parse("sim.py", __doc__, (Config, Options), argv, TOY)
     check(cfg, options)
-    if options.toy:
-        toycity.ensure(options.data)
     if options.target_labels:                                                     # an upper bound adapts nothing
         cfg = replace(cfg, lambda_adv=0.0, lambda_ci=0.0)
-    run = Run("sim", cfg, options, ("step1", "step2") if cfg.ssl else ("step1",))
-    classes = class_list(cfg.source, cfg.target)
-    sizes = {cfg.source: cfg.source_size or SIZES[cfg.source], cfg.target: cfg.target_size or SIZES[cfg.target]}
-
-    test, tests = run.images(cfg.target, "val", classes, sizes), {"single-scale": {}}
+    run = Run("sim", cfg, options, ("step1", "step2") if cfg.ssl else ("step1",), SIZES)
+    test, tests = run.images(options.target, "val"), {"single-scale": {}}
+    model = run.network("v2")
     if options.eval:
-        model = run.network("v2", classes)
-        run.evaluate(run.load_latest(model), model, test, classes, tests)
-        return
+        return run.evaluate(run.latest, model, test, tests)
+    augment = Augment(crop=options.crop)
+    source = run.images(options.target if options.target_labels else options.source, "train", augment=augment)
+    target = run.images(options.target, "train", labels=False, augment=augment)
+    if run.pending("step1"):
+        stuff, things = make_banks(run, cfg, model.feat_channels)
+        run.watch(model, test)
+        train_step(run, cfg, 1, model, stuff, things, source, target)
+        draw_matches(run, cfg, 1, model, stuff, things, target)
+        run.evaluate("step1", model, test, tests)
+    if run.pending("step2"):
+        folder = run.folder / "pseudo_labels"
+        note = run.once("step2", "labels", lambda: write_pseudo_labels(run, cfg, model, target, folder))
+        model = run.network("v2", fresh=True)                                     # "we reinitialize and repeat", Sec. 4.3
+        stuff, things = make_banks(run, cfg, model.feat_channels)
+        run.watch(model, test)
+        train_step(run, cfg, 2, model, stuff, things, source, target.with_maps(folder), note)
+        draw_matches(run, cfg, 2, model, stuff, things, target)
+        run.evaluate("step2", model, test, tests)
 
-    augment = Augment(crop=cfg.crop)
-    source = run.images(cfg.target if options.target_labels else cfg.source, "train", classes, sizes, augment=augment)
-    target = run.images(cfg.target, "train", classes, sizes, labels=False, augment=augment)
-    model = run.network("v2", classes)
-    run.start_from(model)
-    for step in (1, 2)[:len(run.stages)]:
-        if step == 2 and run.reaches("step2"):
-            folder = run.folder / "pseudo_labels"
-            if run.trains("step2"):
-                if not run.begun("step2"):
-                    write_pseudo_labels(run, cfg, model, target, folder, classes)
-                target = target.with_maps(folder)
-            model = run.network("v2", classes)                              # "we reinitialize and repeat", Sec. 4.3
-        stuff, things = make_banks(run, cfg, classes, model.feat_channels)
-        undrawn = run.trains(f"step{step}") or not (run.folder / f"step{step}-matches.png").exists()
-        run.watch(model, test, classes)
-        train_step(run, cfg, step, model, stuff, things, source, target)
-        if undrawn and run.reaches(f"step{step}"):
-            draw_matches(run, cfg, step, model, stuff, things, target, classes)
-        run.evaluate(f"step{step}", model, test, classes, tests)
+
+@torch.no_grad()
+def draw_matches(run: Run, cfg: Config, step: int, model: nn.Module, stuff: FeatureBank, things: FeatureBank,
+                 target: SegmentationDataset) -> None:
+    """Draw target images, predictions on the grid, and their regions in the colours of their source samples (black: none)."""
+    rows = []
+    model.eval()
+    for image, *_ in (target[i] for i in range(0, len(target), max(1, len(target) // 4))[:4]):
+        with run.autocast():
+            feat, logits = model(run.place(image[None]))
+        label_map = logits.argmax(dim=1).cpu()                                    # (1, h, w)
+        matched = np.zeros((*label_map.shape[1:], 3), dtype=np.uint8)
+        for bank, limit in ((stuff, None), (things, cfg.z)):
+            for k, masks, means in regions(feat, label_map, bank.classes, limit):
+                if len(bank.samples(k)):
+                    for mask, j in zip(masks.numpy(), nearest_sample(means, bank.samples(k))[1].tolist()):
+                        matched[mask] = np.random.default_rng((k, j)).integers(64, 256, 3)
+        rows.append([denormalise(image), colorize(label_map[0], run.classes), matched])
+    run.draw(f"step{step}-matches.png", rows, ["target", "prediction on the grid", "colour: its source sample"])
 
 
 if __name__ == "__main__":

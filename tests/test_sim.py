@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import math
+import re
+import shutil
 from types import SimpleNamespace
 
 import numpy as np
@@ -14,10 +17,12 @@ from PIL import Image
 from torch import nn
 
 import sim
-from common.cli import Size, UserError
-from common.data import class_list, find_pairs
+from common import metrics
+from common.cli import Size
+from common.data import Augment, class_list, find_pairs
 from common.deeplab import build_model
-from common.run import Options, Run
+from common.files import UserError
+from common.run import Options
 
 IGNORE = 255
 STUFF = {"road", "sidewalk", "building", "wall", "fence", "vegetation", "terrain", "sky"}            # Sec. 6.2
@@ -52,7 +57,7 @@ def mean_feature(f, cells):
 
 def regions_of(L, k):
     """T of Eq. (7), 8-connected, found in reading order, then sorted by area."""
-    found, seen = [], set()
+    regions, seen = [], set()
     for start in cells_of(L, k):
         region, stack = [], [start]
         while stack:
@@ -61,8 +66,8 @@ def regions_of(L, k):
                 seen.add((i, j))
                 region.append((i, j))
                 stack += [(i + a, j + b) for a in (-1, 0, 1) for b in (-1, 0, 1)]
-        found += [region] if region else []
-    return sorted(found, key=len, reverse=True)                                  # a stable sort
+        regions += [region] if region else []
+    return sorted(regions, key=len, reverse=True)                                  # a stable sort
 
 
 def distance(a, b):
@@ -115,7 +120,7 @@ def eq8(feat, label_maps, S, z):
 
 
 def filled(classes, slots, entries, seed=0, dim=5):
-    """A float64 bank with `entries` random features a class, and the same as lists."""
+    """A float64 bank with `entries` random features per class, and the same as lists."""
     bank = sim.FeatureBank(classes, slots, dim).double()
     S = {}
     for k, n in zip(classes, entries):
@@ -314,8 +319,8 @@ def test_resume_with_a_half_filled_bank(tmp_path):
     def write(bank, first, last):
         for n in range(first, last):
             bank.write([1, 4][n % 3 == 0], random(6, seed=n).float())
-    whole, begun = sim.FeatureBank([1, 4, 6], 8, 6), sim.FeatureBank([1, 4, 6], 8, 6)
-    write(whole, 0, 20)
+    undisturbed, begun = sim.FeatureBank([1, 4, 6], 8, 6), sim.FeatureBank([1, 4, 6], 8, 6)
+    write(undisturbed, 0, 20)
     write(begun, 0, 14)                                                          # class 1 wrapped, 4 half full, 6 empty
     torch.save(begun.state_dict(), tmp_path / "bank.pt")
     again = sim.FeatureBank([1, 4, 6], 8, 6)
@@ -323,7 +328,7 @@ def test_resume_with_a_half_filled_bank(tmp_path):
     assert set(begun.state_dict()) == {"features", "written"} and again.written.tolist() == [9, 5, 0]
     assert all(torch.equal(again.samples(k), begun.samples(k)) for k in (1, 4, 6)) and len(again.samples(4)) == 5
     write(again, 14, 20)
-    assert all(torch.equal(again.state_dict()[key], whole.state_dict()[key]) for key in ("features", "written"))
+    assert all(torch.equal(again.state_dict()[key], undisturbed.state_dict()[key]) for key in ("features", "written"))
 
 
 def test_store_stuff_is_eq_5():
@@ -358,11 +363,15 @@ def test_store_instances_is_algorithm_1(z):
 def test_banks_hold_stuff_and_things_by_name(source, count):
     classes = class_list(source)
     cfg = sim.Config(w=3, z=4)
-    stuff, things = sim.make_banks(SimpleNamespace(device="cpu"), cfg, classes, 6)
+    stuff, things = sim.make_banks(SimpleNamespace(device="cpu", classes=classes), cfg, 6)
     assert len(classes) == count and {classes.names[k] for k in stuff.classes} == STUFF & set(classes.names)
     assert len(stuff.classes) == (8 if source == "gta5" else 7)                  # SYNTHIA has no terrain
     assert sorted(stuff.classes + things.classes) == list(range(count))
     assert stuff.features.shape == (len(stuff.classes), 3, 6) and things.features.shape == (len(things.classes), 12, 6)
+    for bank in sim.make_banks(SimpleNamespace(device="meta", classes=classes), cfg, 6):                 # any other device
+        assert (bank.features.device.type, bank.written.device.type) == ("meta", "cpu")
+        bank.write(bank.classes[-1], torch.zeros(6, device="meta"))
+        assert bank.samples(bank.classes[-1]).shape == (1, 6) and bank.written[-1] == 1
 
 
 # ------------------------------------------------------------------------------------------------ matching
@@ -380,8 +389,8 @@ def test_nearest_sample_by_hand_and_ties():
         q, s = random(4, 6, seed=seed), random(7, 6, seed=100 + seed)
         distances, which = sim.nearest_sample(q, s)
         for a, d, j in zip(q.tolist(), distances.tolist(), which.tolist()):
-            every = [distance(a, b) for b in s.tolist()]
-            assert d == pytest.approx(min(every), rel=1e-12) and j == every.index(min(every))
+            wanted = [distance(a, b) for b in s.tolist()]
+            assert d == pytest.approx(min(wanted), rel=1e-12) and j == wanted.index(min(wanted))
     assert torch.autograd.gradcheck(lambda q: sim.nearest_sample(q, s)[0], q.requires_grad_())
 
 
@@ -574,31 +583,107 @@ def test_every_combination_of_eq_11(prediction, pseudo, expected):
     assert got.tolist() == [[[expected, 1]]] and got.dtype == torch.int64
 
 
+# ------------------------------------------------------------------------------------------- golden numbers
+
+
+def normal(seed, *shape):
+    return torch.from_numpy(np.random.default_rng(seed).normal(size=shape))
+
+
+MAP = torch.tensor([[[0, 0, 1, 2, 2], [0, 1, 1, IGNORE, 2], [2, IGNORE, 2, 2, 0]]])
+LARGE = torch.from_numpy(np.random.default_rng(9).integers(0, 4, (1, 5, 9)))
+LARGE[LARGE == 3] = IGNORE
+LOGITS, FEAT = normal(0, 1, 3, 3, 5), normal(1, 1, 4, 3, 5)
+
+
+def written(store, classes, slots, *limit):
+    bank = sim.FeatureBank(classes, slots, 4).double()
+    store(FEAT, MAP, bank, *limit)
+    return bank.features
+
+
+def bank_of(samples):
+    bank = sim.FeatureBank(list(samples), 3, 4).double()
+    for k, rows in samples.items():
+        for row in rows:
+            bank.write(k, row)
+    return bank
+
+
+STUFF_BANK, THINGS_BANK = {0: normal(6, 2, 4), 1: normal(7, 3, 4)}, {2: normal(8, 3, 4)}
+CELLS = [0.28286439881249437, 0.2160081079142984, 0.39265284922070287, 0.034504524281164003]            # class 0's mean
+FIRST = [-0.20060658065408737, -0.7917621192038847, 0.356338677745544, 0.21905265988124817]      # class 2's largest region's
+GOLDEN = {                                             # computed once by the loops above, from the paper
+    "Eq. (1), label of the grid's size": (lambda: sim.segmentation_loss(LOGITS, MAP), 1.1045728264529513),
+    "Eq. (1), label of the image's size": (lambda: sim.segmentation_loss(LOGITS, LARGE), 1.4066486463465557),
+    "Eq. (2)": (lambda: sim.adversarial_loss(normal(3, 1, 1, 2, 2)), 0.9026870866810313),
+    "Eq. (3)": (lambda: sim.discriminator_loss(normal(2, 1, 1, 2, 2), normal(3, 1, 1, 2, 2)), 1.5310235740962062),
+    "Eq. (4)": (lambda: sim.correct_label_map(LOGITS, MAP),
+                [[[0, 0, 255, 2, 255], [0, 1, 255, 255, 2], [255, 255, 2, 2, 255]]]),
+    "A of Eq. (5)": (lambda: sim.masked_mean(FEAT[0], MAP[0] == 0), CELLS),
+    "S of Eq. (5)": (lambda: written(sim.store_stuff, [0], 2), [[CELLS, [0.0] * 4]]),
+    "Eq. (6)": (lambda: sim.stuff_loss(FEAT, MAP, bank_of(STUFF_BANK)), 1.2591279675755604),
+    "T of Eq. (7)": (lambda: sim.connected_regions(MAP[0], 2).nonzero(),                             # region, row, column
+                     [[0, 0, 3], [0, 0, 4], [0, 1, 4], [0, 2, 2], [0, 2, 3], [1, 2, 0]]),
+    "Algorithm 1": (lambda: written(sim.store_instances, [2], 2, 1), [[FIRST, [0.0] * 4]]),
+    "min of Eq. (8)": (lambda: torch.stack(sim.nearest_sample(normal(4, 1, 4), normal(5, 3, 4))),
+                       [[0.8626425252993261], [0]]),
+    "Eq. (8)": (lambda: sim.instance_loss(FEAT, MAP, bank_of(THINGS_BANK)), 0.8997090091353299),
+    "Eq. (8), z = 1": (lambda: sim.instance_loss(FEAT, MAP, bank_of(THINGS_BANK), 1), 1.0061720101409932),
+    "Sec. 6.2": (lambda: sim.class_thresholds(torch.tensor([[6, 8, 2, 1, 7, 7, 4, 1, 7, 4], [0] * 10, [0] * 9 + [5]])),
+                 [0.4, 0.9, 0.9]),
+    "Eq. (9)": (lambda: sim.pseudo_labels(LOGITS, torch.tensor([0.5, 0.6, 0.4])),
+                [[[0, 255, 0, 255, 1], [255, 255, 0, 2, 2], [255, 2, 2, 2, 2]]]),
+    "Eq. (11)": (lambda: sim.augmented_label_map(LOGITS.argmax(dim=1), MAP),
+                 [[[0, 0, 1, 2, 2], [0, 1, 1, 2, 2], [2, 2, 2, 2, 0]]]),
+}
+
+
+@pytest.mark.parametrize("equation", GOLDEN)
+def test_golden_numbers(equation):
+    compute, expected = GOLDEN[equation]
+    torch.testing.assert_close(compute().double(), torch.tensor(expected, dtype=torch.float64), rtol=1e-12, atol=0)
+
+
 # --------------------------------------------------------------------------------------------- configuration
 
 
 def test_defaults_are_the_papers():
     cfg = sim.Config()
     assert (cfg.lambda_seg, cfg.lambda_adv, cfg.lambda_ci, cfg.lambda_D) == (1, 0.001, 0.01, 1)
-    assert (cfg.w, cfg.z, cfg.cap, cfg.backbone, cfg.ssl) == (50, 10, 0.9, "resnet101", True)
+    assert (cfg.w, cfg.z, cfg.cap, Options().backbone, cfg.ssl) == (50, 10, 0.9, "resnet101", True)
+    assert (Options().source, Options().target, Options().crop) == ("gta5", "cityscapes", None)
     assert (cfg.lr, cfg.momentum, cfg.nesterov, cfg.weight_decay) == (2.5e-4, 0.9, True, 5e-4)
     assert (cfg.lr_discriminator, cfg.beta1, cfg.beta2) == (1e-4, 0.9, 0.99)
     assert (sim.SIZES["gta5"], sim.SIZES["synthia"], sim.SIZES["cityscapes"]) == ((1280, 720), (1280, 760), (1024, 512))
+    given = {field.name: field.metadata["paper"] for field in dataclasses.fields(sim.Config)}
+    assert {name for name, paper in given.items() if paper is None} == {"iterations", "batch_size"}
+    for name, paper in given.items():                                            # None: automatic, see SIZES
+        assert getattr(cfg, name) in (paper, None) or paper is None, name
 
 
-def test_refusals():
+def test_departures_are_short_and_numbered():
+    entries = re.split(r"\n *(\d+)\. ", sim.__doc__[sim.__doc__.index("Departures:"):])
+    assert list(map(int, entries[1::2])) == list(range(1, len(entries[1::2]) + 1))
+    assert all(entry.rstrip().count("\n") < 2 and re.match("Eqs?\\.|Sec\\.|Table|Published", entry) for entry in entries[2::2])
+
+
+def test_refusals(tmp_path, capsys):
     for wrong in (dict(source_size=Size(64, 31)), dict(target_size=Size(31, 64)), dict(crop=Size(31, 32))):
         with pytest.raises(UserError, match="too small for the discriminator"):
-            sim.check(sim.Config(**wrong), Options())
+            sim.check(sim.Config(), Options(**wrong))
     with pytest.raises(UserError, match="no-nesterov"):
         sim.check(sim.Config(momentum=0.0), Options())
-    with pytest.raises(UserError, match="--source and --target are both"):
-        sim.check(sim.Config(source="cityscapes"), Options())
-    with pytest.raises(UserError, match="--stage step1"):
-        sim.check(sim.Config(), Options(target_labels=True))
-    for right in (dict(), dict(crop=Size(32, 32)), dict(source_size=Size(32, 32), target_size=Size(33, 32)),
-                  dict(momentum=0.0, nesterov=False)):
-        sim.check(sim.Config(**right), Options())
+    for wrong, message in ((["--source", "cityscapes"], "--source and --target are both"),
+                           (["--target-labels"], "--stage step1"), (["--no-ssl", "--stage", "step2"], "the stages are step1"),
+                           (["--crop", "1280x514"], "--crop 1280x514 is larger"), (["--crop", "64x31"], "too small"),
+                           (["--momentum", "0"], "no-nesterov")):
+        with pytest.raises(SystemExit):
+            sim.main(["--runs", str(tmp_path / "runs"), *wrong])
+        assert message in capsys.readouterr().err and not (tmp_path / "runs").exists()
+    for options in (dict(), dict(crop=Size(32, 32)), dict(source_size=Size(32, 32), target_size=Size(33, 32))):
+        sim.check(sim.Config(), Options(**options))
+    sim.check(sim.Config(momentum=0.0, nesterov=False), Options())
 
 
 # ------------------------------------------------------------------------------------------------- the steps
@@ -624,9 +709,6 @@ class Tiny(nn.Module):
 class FakeRun:
     """What train_step uses of a run, in float64."""
 
-    world, rank = 1, 0
-    parallel, share, gathered, item_seeds = Run.parallel, Run.share, Run.gathered, Run.item_seeds
-
     def __init__(self, batches):
         self.batches, self.losses, self.begin = batches, [], None
 
@@ -639,8 +721,8 @@ class FakeRun:
     def autocast(self):
         return contextlib.nullcontext()
 
-    def stage(self, name, iterations, state, source, target, batch_size):
-        self.name, self.state = name, state
+    def stage(self, name, iterations, state, source, target, batch_size, note):
+        self.name, self.state, self.note = name, state, note
         yield from ((it, *batch) for it, batch in enumerate(self.batches))
 
     def report(self, **losses):
@@ -709,8 +791,8 @@ def test_a_step_is_eq_12_or_13(step):
     D = sim.Discriminator(4).double()
     expected, grad_G, grad_D = reference(step, cfg, models[1], D, *banks[1], batches)
     run = FakeRun(batches)
-    sim.train_step(run, cfg, step, models[0], *banks[0], None, None)
-    assert run.name == f"step{step}" and len(run.losses) == 2
+    sim.train_step(run, cfg, step, models[0], *banks[0], None, None, {"of": step})
+    assert run.name == f"step{step}" and len(run.losses) == 2 and run.note == {"of": step}
     for got, wanted in zip(run.losses, expected):
         assert got.keys() == wanted.keys() and got == pytest.approx(wanted, rel=1e-9)
     assert run.losses[0]["stuff"] > 0 and run.losses[0]["things"] > 0            # matched in the first iteration
@@ -730,16 +812,96 @@ def arguments(city, runs, *more):
     return ["--data", str(city), "--runs", str(runs), *small.split(), "--iterations", "3", *more]
 
 
-def test_target_labels_adapt_nothing(city, tmp_path, monkeypatch):
-    seen = []
-    monkeypatch.setattr(sim, "train_step", lambda *args: seen.append(args))
-    monkeypatch.setattr(sim, "draw_matches", lambda *args: None)
-    sim.main(arguments(city, tmp_path, "--stage", "step1", "--target-labels"))
-    sim.main(arguments(city, tmp_path, "--stage", "step1", "--tag", "adapted"))
-    (_, upper, _, _, _, _, source, _), (_, cfg, _, _, _, _, gta5, target) = (args for args in seen if args[2] == 1)
-    assert (upper.lambda_adv, upper.lambda_ci, upper.lambda_seg) == (0, 0, 1) and source.dataset == "cityscapes"
-    assert (cfg.lambda_adv, cfg.lambda_ci) == (0.001, 0.01) and (gta5.dataset, target.dataset) == ("gta5", "cityscapes")
-    assert (source[0][1] != IGNORE).any() and (target[0][1] == IGNORE).all()     # the target's labels are never read
+def handed(dataset):
+    """What a data set gives to a stage: whose images, evaluation and training items, what is random, labels, maps."""
+    item, training_item = dataset[0], dataset[0, 5]
+    return {"images": [str(pair.image) for pair in dataset.pairs], "size": tuple(item[0].shape[1:]),
+            "cropped": tuple(training_item[0].shape[1:]), "augment": dataset.augment, "maps": dataset.maps,
+            "labelled": [bool((label != IGNORE).any()) for label in (item[1], training_item[1])],
+            "transformed": dataset.transform is not None}
+
+
+def batch_norm(model):
+    """(the encoder's, the others): for each whether it uses running statistics, and whether it is trained."""
+    kinds = {True: set(), False: set()}
+    for name, m in model.named_modules():
+        if isinstance(m, nn.BatchNorm2d):
+            kinds[name.startswith("encoder.")].add((not m.training, m.weight.requires_grad))
+    return kinds[True], kinds[False]
+
+
+def test_what_each_stage_is_handed(city, tmp_path, monkeypatch):
+    data = tmp_path / "data"
+    shutil.copytree(city, data)
+    for pair in find_pairs(data, "gta5")[:2]:                                    # 6 of the source, 8 and 3 of the target
+        pair.image.unlink()
+        pair.label.unlink()
+    settings = ["--data", str(data), *"--source-size 96x56 --target-size 80x40 --crop 64x32 --iterations 3 --lr 0.002 "
+             "--lr-discriminator 0.0003 --lambda-adv 0.02 --lambda-ci 0.03 --w 7 --z 2 --batch-size 2 --seed 3".split()]
+    steps, labelled = [], []
+
+    def weights(model):
+        return {key: value.clone() for key, value in model.state_dict().items()}
+
+    def train_step(run, cfg, step, model, stuff, things, source, target, note=None, _train=sim.train_step):
+        steps.append({"step": step, "cfg": cfg, "begin": weights(model), "batch_norm": batch_norm(model),
+                      "training": model.training, "banks": [(bank.slots, int(bank.written.sum())) for bank in (stuff, things)],
+                      "source": handed(source), "target": handed(target)})
+        _train(run, cfg, step, model, stuff, things, source, target, note)
+        steps[-1]["end"] = weights(model)
+
+    def write_pseudo_labels(run, cfg, model, target, folder, _write=sim.write_pseudo_labels):
+        labelled.append({"steps": len(steps), "weights": weights(model), "target": handed(target), "folder": folder})
+        return _write(run, cfg, model, target, folder)
+
+    def same(a, b):
+        return all(torch.equal(value, b[key]) for key, value in a.items())
+
+    monkeypatch.setattr(sim, "train_step", train_step)
+    monkeypatch.setattr(sim, "write_pseudo_labels", write_pseudo_labels)
+    sim.main([*arguments(city, tmp_path, "--freeze-bn", "affine"), *settings])
+    sim.main([*arguments(city, tmp_path, "--stage", "step1", "--target-labels", "--tag", "up"), *settings])
+    one, two, upper = steps[:3]
+
+    def images(domain, split="train"):
+        return [str(pair.image) for pair in find_pairs(data, domain, split)]
+    augment = Augment(crop=Size(64, 32))                                         # no flip, no jitter, no random scale
+    source = {"images": images("gta5"), "size": (56, 96), "cropped": (32, 64), "augment": augment, "transformed": False,
+              "labelled": [True, True], "maps": []}
+    target = source | {"images": images("cityscapes"), "size": (40, 80), "labelled": [False, False]}
+    folder = tmp_path / "sim-gta5/pseudo_labels"
+    assert (len(source["images"]), len(target["images"]), len(images("cityscapes", "val"))) == (6, 8, 3)
+    assert [step["step"] for step in steps[:3]] == [1, 2, 1]
+    assert one["source"] == two["source"] == source
+    assert one["target"] == target and two["target"] == target | {"maps": [folder]}
+    assert upper["source"] == target | {"labelled": [True, True]} and upper["target"] == target
+
+    assert same(one["begin"], two["begin"]) and same(one["begin"], upper["begin"]) and not same(one["begin"], one["end"])
+    (labelling,) = labelled
+    assert labelling["steps"] == 1 and same(labelling["weights"], one["end"])
+    assert labelling["target"] == target and labelling["folder"] == folder
+    assert one["batch_norm"] == two["batch_norm"] == ({(False, False)}, set())   # batch statistics, affine parameters fixed
+    assert upper["batch_norm"] == ({(False, True)}, set()) and all(step["training"] for step in steps)
+    assert all(step["banks"] == [(7, 0), (14, 0)] for step in steps)
+
+    for step, lambda_adv, lambda_ci in ((one, 0.02, 0.03), (two, 0.02, 0.03), (upper, 0, 0)):
+        cfg = step["cfg"]
+        assert (cfg.lambda_seg, cfg.lambda_adv, cfg.lambda_ci, cfg.lambda_D) == (1, lambda_adv, lambda_ci, 1)
+        assert (cfg.lr, cfg.lr_discriminator, cfg.iterations, cfg.batch_size, cfg.z) == (0.002, 0.0003, 3, 2, 2)
+
+    # Each step's last model on the target's validation images at the target's size.
+    test = sim.SegmentationDataset(find_pairs(data, "cityscapes", "val"), "cityscapes", class_list("gta5"), Size(80, 40))
+    for run, stages in (("sim-gta5", [one, two]), ("sim-gta5-up", [upper])):
+        results = json.loads((tmp_path / run / "results.json").read_text())
+        assert list(results) == [f"step{step['step']}" for step in stages]
+        for step in stages:
+            saved = torch.load(tmp_path / run / f"step{step['step']}.pt", weights_only=True)
+            assert saved["iteration"] == 3 and same(step["end"], saved["state"]["model"])
+            model = build_model("v2", "resnet18", 19, "none")
+            model.load_state_dict(step["end"])
+            batches = [(image[None], label[None]) for image, label, _ in (test[k] for k in range(3))]
+            matrix = metrics.evaluate(model, batches, 19, "cpu")
+            assert matrix.tolist() == results[f"step{step['step']}"]["single-scale"]["matrix"]
 
 
 def test_step_2_learns_from_step_1(city, tmp_path, monkeypatch):
@@ -776,12 +938,12 @@ def test_step_2_learns_from_step_1(city, tmp_path, monkeypatch):
     model = build_model("v2", "resnet18", 19, "none").eval()
     model.load_state_dict(first)
     data = sim.SegmentationDataset(find_pairs(city, "cityscapes", labels=False), "cityscapes", class_list("gta5"), Size(64, 32))
-    found = []
+    outputs = []
     for image, _, name in (data[i] for i in range(len(data))):
         with torch.no_grad():
             logits = enlarged(model(image[None])[1])
-        found.append((name, logits, *logits.softmax(dim=1).max(dim=1)))
-    confidence, predicted = (torch.cat(parts) for parts in list(zip(*found))[2:])
+        outputs.append((name, logits, *logits.softmax(dim=1).max(dim=1)))
+    confidence, predicted = (torch.cat(parts) for parts in list(zip(*outputs))[2:])
     (line,) = [line for line in map(json.loads, (folder / "log.jsonl").read_text().splitlines()) if "thresholds" in line]
     logged = torch.tensor([line["thresholds"][name] for name in class_list("gta5").names])
     for k in range(19):
@@ -789,7 +951,7 @@ def test_step_2_learns_from_step_1(city, tmp_path, monkeypatch):
         median = min(ranked[(len(ranked) - 1) // 2], 0.9) if ranked else 0.9
         assert median - 1 / sim.BINS - 1e-6 <= logged[k] <= median + 1e-6
     pngs = set()
-    for name, logits, c, _ in found:
+    for name, logits, c, _ in outputs:
         png = torch.from_numpy(np.array(Image.open(folder / f"pseudo_labels/{name}.png"))).long()
         expected = sim.pseudo_labels(logits, logged)[0]
         certain = (c[0] - logged[logits.argmax(dim=1)[0]]).abs() > 1e-6
@@ -805,9 +967,24 @@ def test_step_2_learns_from_step_1(city, tmp_path, monkeypatch):
         assert matched[2][2 * n] is result and matched[2][2 * n + 1] is result and prediction.max() < 19
     assert any(not torch.equal(prediction, result) for prediction, _, result in augmented)
 
-    # A run that is killed after a step and before its pictures still draws them.
-    pictures = {folder / f"step{step}-matches.png": (folder / f"step{step}-matches.png").read_bytes() for step in (1, 2)}
-    for picture in pictures:
-        picture.unlink()
-    sim.main(arguments(city, tmp_path, "--lr", "0.0005", "--seed", "1"))
-    assert all(picture.read_bytes() == drawn for picture, drawn in pictures.items())
+
+def test_killed_between_a_step_and_its_pictures_it_draws_them_when_it_goes_on(city, tmp_path, monkeypatch):
+    sim.main(arguments(city, tmp_path, "--tag", "undisturbed"))
+    pictures = {step: (tmp_path / f"sim-gta5-undisturbed/step{step}-matches.png").read_bytes() for step in (1, 2)}
+    results, folder, kills = (tmp_path / "sim-gta5-undisturbed/results.json").read_text(), tmp_path / "sim-gta5-killed", []
+
+    def draw(run, cfg, step, *rest, _draw=sim.draw_matches):
+        if step not in kills:
+            kills.append(step)
+            raise KeyboardInterrupt
+        _draw(run, cfg, step, *rest)
+    monkeypatch.setattr(sim, "draw_matches", draw)
+    for step in (1, 2):
+        with pytest.raises(KeyboardInterrupt):
+            sim.main(arguments(city, tmp_path, "--tag", "killed"))
+        assert kills[-1] == step and not (folder / f"step{step}-matches.png").exists()
+        trained = torch.load(folder / f"step{step}.pt", weights_only=True)
+        assert trained["iteration"] == 3 and not (folder / "last.pt").exists()
+    sim.main(arguments(city, tmp_path, "--tag", "killed"))
+    assert {step: (folder / f"step{step}-matches.png").read_bytes() for step in pictures} == pictures
+    assert len(set(pictures.values())) == 2 and (folder / "results.json").read_text() == results

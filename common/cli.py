@@ -13,13 +13,13 @@ import argparse
 import dataclasses
 import difflib
 import functools
-import gc
 import inspect
 import math
 import os
 import re
 import shlex
 import sys
+import traceback
 import types
 import typing
 from pathlib import Path
@@ -103,7 +103,7 @@ def command(main):
             message = _explain(error)
             if not message:
                 raise
-        gc.collect()    # only now do the loaders go that the exception's frames kept alive, and their worker processes
+            traceback.clear_frames(error.__traceback__)          # and with them the loaders and their worker processes
         process = f" (process {os.environ['RANK']})" if os.environ.get("RANK", "0") != "0" else ""
         print(f"{Path(inspect.getfile(main)).name}{process}: error: {message}", file=sys.stderr)
         raise SystemExit(2)

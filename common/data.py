@@ -12,6 +12,7 @@ import itertools
 import os
 import signal
 import warnings
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -136,8 +137,7 @@ def find_pairs(root: str | Path, dataset: str, split: str = "train", *, images: 
     label_files = _list(label_folder, layout, (layout.label_end,)) if labels else {}
     for folder in [image_folder] * (not files) + [label_folder] * (labels and not label_files):
         parent = next(path for path in (folder, *folder.absolute().parents) if path.is_dir())
-        entries = _entries(parent)
-        content = ", ".join(entries[:8] + ["..."] * (len(entries) > 8)) or "nothing"
+        content = ", ".join(_entries(parent)[:8] + ["..."] * (len(_entries(parent)) > 8)) or "nothing"
         tree = f"\n  {image_folder / layout.example}{' or '.join(layout.image_ends)}"
         tree += f"\n  {label_folder / layout.example}{layout.label_end}" * labels
         raise UserError(f"{folder} has no {dataset} files\nexpected:{tree}\nfound in {parent}: {content}")
@@ -234,11 +234,15 @@ def _read_ids(path: str | Path) -> np.ndarray:
 
 def _read_synthia_ids(path: str | Path) -> np.ndarray:
     """A 16-bit RGB PNG's first channel as uint16 (H,W). Only torchvision reads all 16 bits: Pillow keeps the upper 8."""
-    with _content(path) as content:
+    with _content(path) as content, Image.open(io.BytesIO(content)) as file:
+        if file.tile[0][3] != "RGB;16B":
+            raise UserError(f"{path} must be a 16-bit RGB PNG as SYNTHIA's labels are, and Pillow calls it {file.tile[0][3]}: "
+                            "copies made by most image programs have lost the ids")
+        file.load_prepare()
+        rows = zlib.decompress(b"".join(iter(lambda: file.load_read(2**20), b"")))
+        if len(rows) != file.height * (1 + 6 * file.width) or max(rows[::1 + 6 * file.width]) > 4:
+            raise ValueError("rows are missing, or their filters are not 0..4")        # torchvision's decoder would crash
         pixels = decode_image(torch.frombuffer(bytearray(content), dtype=torch.uint8), mode=ImageReadMode.UNCHANGED)
-    if pixels.dtype != torch.uint16 or len(pixels) != 3:
-        raise UserError(f"{path} must be a 16-bit RGB PNG as SYNTHIA's labels are, not {tuple(pixels.shape)} {pixels.dtype}: "
-                        "copies made by most image programs have lost the ids")
     return pixels[0].numpy()
 
 
@@ -257,7 +261,6 @@ class Augment:
     scale: range of a uniform factor on the size. flip: left-right with probability 1/2. crop: a window of this size, padded
     where the image is smaller (with the mean colour; label and maps with 255). jitter: strength of brightness, contrast and
     saturation changes, 0.4 of it for hue."""
-
     flip: bool = False
     jitter: float = 0.0
     scale: tuple[float, float] = (1.0, 1.0)
@@ -323,8 +326,7 @@ class SegmentationDataset(Dataset):
         label = None if pair.label is None else self._read_label(pair, image.shape[1:])
         image = resize(image, self.size)                         # as uint8, which is several times faster
         shape = image.shape[1:]
-        if label is None:
-            label = torch.full(shape, IGNORE, dtype=torch.uint8)
+        label = torch.full(shape, IGNORE, dtype=torch.uint8) if label is None else label
         maps = [read_map(folder / f"{pair.name}.png", shape) for folder in self.maps]
         if seed is None:
             image = v2.functional.to_dtype(image, torch.float32, scale=True)
@@ -362,8 +364,8 @@ def read_map(path: Path, shape: Sequence[int]) -> Tensor:
     """Read a per-image map, uint8 (H,W). Raises UserError naming a file that is damaged or of another size than its image."""
     values = torch.from_numpy(_read_ids(path))
     if values.shape != shape:
-        raise UserError(f"{path} is {values.shape[1]}x{values.shape[0]}, its image {shape[1]}x{shape[0]}: delete the run's "
-                        "folder, or give this run another --tag")
+        own, wanted = Size(*values.shape[::-1]), Size(*shape[::-1])
+        raise UserError(f"{path} is {own}, its image {wanted}: delete the run's folder, or give this run another --tag")
     return values
 
 
@@ -412,8 +414,7 @@ def training_loader(dataset: SegmentationDataset, batch_size: int, iterations: i
                       worker_init_fn=_leave_signals_to_the_parent)
 
 
-def sweep_loader(dataset: SegmentationDataset, workers: int = 0, pin: bool = False, rank: int = 0,
-                 world: int = 1) -> DataLoader:
+def sweep_loader(dataset: Dataset, workers: int = 0, pin: bool = False, rank: int = 0, world: int = 1) -> DataLoader:
     """Every image once, in order, as evaluation items in batches of one; of `world` processes each has its share."""
     return DataLoader(dataset, batch_size=1, sampler=range(rank, len(dataset), world), num_workers=workers,
                       pin_memory=pin, generator=torch.Generator(), worker_init_fn=_leave_signals_to_the_parent)

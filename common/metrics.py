@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Iterable, Sequence
 
@@ -73,16 +74,26 @@ def predict(model: nn.Module, image: Tensor, size: tuple[int, int], scales: Sequ
     return torch.cat(predictions)
 
 
+@contextlib.contextmanager
+def evaluation_mode(model: nn.Module):
+    """The model in evaluation mode; afterwards each of its modules is in the mode that it had."""
+    modes = {module: module.training for module in model.modules()}
+    try:
+        yield model.eval()
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
 @torch.no_grad()
 def evaluate(model: nn.Module, loader: Iterable, num_classes: int, device: torch.device | str,
              scales: Sequence[float] = (1.0,), flip: bool = False) -> Tensor:
     """Confusion matrix of a model over the (image, label, ...) of all processes, at the labels' own resolution, on the CPU."""
-    training, matrix = model.training, torch.zeros(num_classes, num_classes, dtype=torch.int64, device=device)
-    model.eval()
-    for image, label, *_ in loader:
-        image, label = image.to(device, non_blocking=True), label.to(device, non_blocking=True)
-        matrix += confusion_matrix(predict(model, image, tuple(label.shape[-2:]), scales, flip), label, num_classes)
-    model.train(training)
+    matrix = torch.zeros(num_classes, num_classes, dtype=torch.int64, device=device)
+    with evaluation_mode(model):
+        for image, label, *_ in loader:
+            image, label = image.to(device, non_blocking=True), label.to(device, non_blocking=True)
+            matrix += confusion_matrix(predict(model, image, tuple(label.shape[-2:]), scales, flip), label, num_classes)
     matrix = matrix.cpu()
     sum_over_processes(matrix)
     return matrix

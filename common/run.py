@@ -101,10 +101,9 @@ class Run:
         self.folder = run_folder(method, options)
         self.classes = data.class_list(options.source, options.target)
         self._losses: list[dict[str, Tensor]] = []
-        self._watched = self._asked_to_stop = self._lock = self._base = None     # _asked_to_stop: when; _base: of --from
+        self._watched = self._asked_to_stop = self._base = None      # _asked_to_stop: when; _base: of --from
         if not options.eval:
-            if self.rank == 0:
-                self._lock = lock(self.folder)
+            self._lock = lock(self.folder) if self.rank == 0 else None
             barrier()
             self._check_config()
         if options.from_:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from common.data import IGNORE, IMAGENET_MEAN, IMAGENET_STD, ClassList
 from common.deeplab import resize_label
 from common.files import write_atomically
-from common.metrics import predict
+from common.metrics import evaluation_mode, predict
 
 GAP = 10                                                              # pixels between things
 
@@ -44,13 +44,12 @@ def overlay(image: np.ndarray, label: Tensor | np.ndarray, classes: ClassList, a
 
 def prediction_rows(model: nn.Module, dataset, classes: ClassList, place: Callable) -> list[list[np.ndarray]]:
     """Image, overlay, prediction and label of four evaluation items from all over a data set; `place` moves an image."""
-    rows, training = [], model.training
-    model.eval()
+    rows = []
     for image, label, *_ in (dataset[k] for k in range(0, len(dataset), max(1, len(dataset) // 4))[:4]):
-        photo, prediction = denormalise(image), predict(model, place(image[None]), tuple(image.shape[1:]))[0]
-        label = resize_label(label[None], image.shape[1:])[0]
-        rows.append([photo, overlay(photo, prediction, classes), colorize(prediction, classes), colorize(label, classes)])
-    model.train(training)
+        size, photo = tuple(image.shape[1:]), denormalise(image)
+        with evaluation_mode(model):
+            maps = [predict(model, place(image[None]), size)[0], resize_label(label[None], size)[0]]
+        rows.append([photo, overlay(photo, maps[0], classes), *(colorize(labels, classes) for labels in maps)])
     return rows
 
 

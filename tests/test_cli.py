@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pickle
 from dataclasses import dataclass
 
 import pytest
+import torch
 
-from common.cli import Size, UserError, command, defaults_table, option, parse, to_json, write_atomically
+from common.cli import Size, command, option, parse, to_json
+from common.files import UserError, read_json, read_log, write_atomically, write_json
 
 
 @dataclass
@@ -21,7 +24,8 @@ class Config:
     crop: Size | None = option(None, "crop")
     scales: tuple[float, ...] = option((1.0, 2.0), "scales", low=0.1)
     fine: bool = option(True, "fine")
-    from_: str | None = option(None, "start", identity=False)
+    pair: tuple[float, float] = option((0.5, 2.0), "pair")
+    from_: str | None = option(None, "start", defines_run=False)
 
 
 @dataclass
@@ -29,6 +33,7 @@ class Options:
     """the machine"""
 
     toy: bool = option(False, "toy")
+    steps: int = option(9, "steps of any method", low=0)
     command: str = ""
 
 
@@ -62,6 +67,7 @@ def test_toy_values_are_defaults_that_flags_override():
     (["--crop", "0x5"], "--crop: '0x5' is not a size"),
     (["--scales", "1", "0"], "--scales: 0 is below the smallest possible value 0.1"),
     (["--crop"], "--crop: expected one argument"),
+    (["--pair", "1"], "--pair: expected 2 arguments"),
 ])
 def test_a_mistake_is_one_sentence_and_status_2(argv, words, capsys):
     with pytest.raises(SystemExit) as stop:
@@ -89,15 +95,48 @@ def test_user_error_becomes_one_line_and_status_2(capsys):
     assert stop.value.code == 2 and capsys.readouterr().err == "test_cli.py: error: the file x is missing; make it\n"
 
 
+@pytest.mark.parametrize(("error", "words"), [
+    (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), "memory is full: try a smaller --batch-size"),
+    (RuntimeError("[gloo] Connection closed by peer [127.0.0.1]:3"), "another process of this run ended; see its message"),
+    (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed."), "a process that loads images was killed"),
+    (UserError("Caught UserError in DataLoader worker process 0.\nOriginal Traceback (most recent call last):\n  File\n"
+               "common.files.UserError: x.png is damaged\n"), "error: x.png is damaged"),
+])
+def test_what_torch_reports_though_the_user_can_fix_it_is_one_sentence(error, words, capsys, monkeypatch):
+    @command
+    def main(argv=None):
+        raise error
+
+    monkeypatch.setenv("RANK", "1")
+    with pytest.raises(SystemExit) as stop:
+        main([])
+    text = capsys.readouterr().err
+    assert stop.value.code == 2 and text.startswith("test_cli.py (process 1): error: ")
+    assert words in text and text.count("\n") == 1
+
+
+def test_a_mistake_of_the_code_keeps_its_traceback():
+    @command
+    def main(argv=None):
+        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+
+    with pytest.raises(RuntimeError, match="mat1"):
+        main([])
+
+
 def test_json_keeps_what_makes_a_run():
     cfg = Config(crop=Size(4, 3))
     assert to_json(cfg)["crop"] == "4x3" and to_json(cfg)["scales"] == [1.0, 2.0]
-    assert "from_" in to_json(cfg) and "from_" not in to_json(cfg, identity_only=True)
+    assert "from_" in to_json(cfg) and "from_" not in to_json(cfg, defining_only=True)
 
 
-def test_table_of_defaults():
-    lines = defaults_table(Config).splitlines()
-    assert "| `--rate` | 0.5 | 0.5 (Sec. 1) | rate of 100 % |" in lines and "| `--steps` | 7 | † | steps |" in lines
+def test_a_common_field_that_the_method_repeats_is_one_flag_with_the_methods_default(capsys):
+    assert [part.steps for part in read()] == [7, 7] and [part.steps for part in read("--steps", "4")] == [4, 4]
+    with pytest.raises(SystemExit):
+        read("--steps", "0")                                     # the method's bound
+    with pytest.raises(SystemExit):
+        read("--help")
+    assert "steps of any method" not in capsys.readouterr().out
 
 
 def test_a_write_cut_short_leaves_the_previous_file(tmp_path):
@@ -112,6 +151,20 @@ def test_a_write_cut_short_leaves_the_previous_file(tmp_path):
     assert (tmp_path / "a/x.bin").read_bytes() == b"whole" and os.listdir(tmp_path / "a") == ["x.bin"]
     with pytest.raises(UserError, match="cannot write .*y.bin: (File exists|Not a directory)"):
         write_atomically(tmp_path / "a/x.bin/y.bin", half)
+
+
+def test_json_files_and_logs_that_are_damaged(tmp_path):
+    assert read_json(tmp_path / "x.json") == {} and read_log(tmp_path) == []
+    write_json(tmp_path / "x.json", {"a": [1, None]})
+    assert read_json(tmp_path / "x.json") == {"a": [1, None]}
+    for content in (b'{"cut": ', b"[1, 2]", b"\xff\xfe"):
+        (tmp_path / "x.json").write_bytes(content)
+        with pytest.raises(UserError, match="x.json cannot be read or is damaged"):
+            read_json(tmp_path / "x.json")
+    good = {"stage": "a", "iteration": 3, "loss": 0.5}
+    lines = (b'\xff\xfe{"stage"', b"[1]", b'{"stage": "a"}', json.dumps(good).encode(), b'{"stage": "a", "it')
+    (tmp_path / "log.jsonl").write_bytes(b"\n".join(lines))
+    assert read_log(tmp_path) == [good]
 
 
 def test_a_size_survives_a_worker_process():

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import gc
 import multiprocessing
-import re
 import struct
 import zlib
 
@@ -13,24 +11,26 @@ import pytest
 import torch
 from PIL import Image
 
-from common.cli import Size, UserError
+from common.cli import Size, command
 from common.data import (
     IMAGENET_MEAN,
     IMAGENET_STD,
     Augment,
-    DataError,
-    IterationSampler,
     Pair,
     SegmentationDataset,
+    batch_order,
     class_list,
     derive_seed,
     find_pairs,
+    fixed_version,
     read_image,
     read_label,
+    read_resized,
     save_label,
     sweep_loader,
     training_loader,
 )
+from common.files import UserError
 
 GTA, SYN = class_list("gta5"), class_list("synthia")
 # Worked out by hand from the datasets' id lists: Cityscapes id -> class index with 19 and with 16 classes, and
@@ -98,7 +98,7 @@ def test_synthia_labels_are_the_first_of_16_bit_channels(tmp_path):
     assert read_label(path, "synthia", SYN)[0].tolist() == [SYNTHIA_16.get(i, 255) for i in range(23)]
     assert read_label(path, "synthia", GTA)[0, 19] == 15         # with 19 classes a bus is 15, not 13
     write_png(path, np.stack([ids, ids, ids], axis=-1).astype(np.uint8)[None], 2)
-    with pytest.raises(DataError, match="label.png must be a 16-bit RGB PNG"):
+    with pytest.raises(UserError, match="label.png must be a 16-bit RGB PNG"):
         read_label(path, "synthia", SYN)
 
 
@@ -110,18 +110,18 @@ def test_undefined_ids_are_named(tmp_path, dataset, ids, named):
     pixels = np.array([ids], np.uint16 if dataset == "synthia" else np.uint8)
     path = write_png(tmp_path / "x.png", np.stack([pixels] * 3, -1) if dataset == "synthia" else pixels,
                      2 if dataset == "synthia" else 0)
-    with pytest.raises(DataError, match=rf"x.png has ids that {dataset} does not define: {named}$"):
+    with pytest.raises(UserError, match=rf"x.png has ids that {dataset} does not define: {named}$"):
         read_label(path, dataset, SYN)
 
 
 def test_labels_of_another_pixel_type_are_refused(tmp_path):
     for pixels, colour in ((noise(2, 2), 2), (np.full((2, 2), 7, np.uint16), 0)):
         path = write_png(tmp_path / "x.png", pixels, colour)
-        with pytest.raises(DataError, match="x.png must be an 8-bit PNG with one channel"):
+        with pytest.raises(UserError, match="x.png must be an 8-bit PNG with one channel"):
             read_label(path, "cityscapes", GTA)
     for shape, colour in (((2, 2), 0), ((2, 2, 3), 2)):
         path = write_png(tmp_path / "x.png", np.full(shape, 7, np.uint16), colour)
-        with pytest.raises(DataError, match="x.png is not an 8-bit image"):
+        with pytest.raises(UserError, match="x.png is not an 8-bit image"):
             read_image(path)
 
 
@@ -142,7 +142,7 @@ def _read_in_another_process(path, kind, answer):
     try:
         read_image(path) if kind == "image" else read_label(path, kind, SYN)
         answer.put("read without an error")
-    except DataError as error:
+    except UserError as error:
         answer.put(str(error))
 
 
@@ -209,33 +209,33 @@ def test_find_pairs_in_each_layout(tmp_path):
           "crosscity/Rio/Images/Test/c.jpg", "crosscity/Rio/Labels/Test/c_eval.png")
     assert [p[1:] for p in find_pairs(tmp_path, "crosscity", city="Rio")] == [(None, "a"), (None, "b")]
     assert find_pairs(tmp_path, "crosscity", "val", city="Rio")[0].label.name == "c_eval.png"
-    with pytest.raises(DataError, match="no city 'Paris' in .*: choose one of Rio$"):
+    with pytest.raises(UserError, match="no city 'Paris' in .*: choose one of Rio$"):
         find_pairs(tmp_path, "crosscity", city="Paris")
 
 
 def test_what_is_missing_is_named(tmp_path):
     touch(tmp_path, "gta5/images/1.png", "gta5/images/2.png", "gta5/labels/1.png")
-    with pytest.raises(DataError, match=r"gta5/labels/2.png is missing$"):
+    with pytest.raises(UserError, match=r"gta5/labels/2.png is missing$"):
         find_pairs(tmp_path, "gta5")
     touch(tmp_path, "gta5/labels/2.png", "gta5/labels/3.png")
-    with pytest.raises(DataError, match=r"gta5/images/3.png is missing$"):
+    with pytest.raises(UserError, match=r"gta5/images/3.png is missing$"):
         find_pairs(tmp_path, "gta5")
     touch(tmp_path, "gta5/images/3.png", "other/1.png", "other/2.png")
-    with pytest.raises(DataError, match=r"other/3.png is missing$"):
+    with pytest.raises(UserError, match=r"other/3.png is missing$"):
         find_pairs(tmp_path, "gta5", images=tmp_path / "other")
     touch(tmp_path, "cityscapes/leftImg8bit/train/ulm/a_leftImg8bit.png")
-    with pytest.raises(DataError) as error:
+    with pytest.raises(UserError) as error:
         find_pairs(tmp_path, "cityscapes")
     assert f"{tmp_path}/cityscapes/gtFine/train has no cityscapes files" in str(error.value)
     assert "gtFine/train/aachen/aachen_000000_000019_gtFine_labelIds.png" in str(error.value)
     assert str(error.value).endswith(f"found in {tmp_path}/cityscapes: leftImg8bit/")
-    with pytest.raises(DataError, match="gta5 has no split 'val'"):
+    with pytest.raises(UserError, match="no dataset 'gta5' with a split 'val': choose one of gta5 .train., synthia"):
         find_pairs(tmp_path, "gta5", "val")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(DataError, match="found in .*/empty: nothing"):
+    with pytest.raises(UserError, match="found in .*/empty: nothing"):
         find_pairs(tmp_path / "empty", "synthia")
     touch(tmp_path, "crosscity/Rio/Images/Train/a.png", "crosscity/Rio/Images/Train/a.jpg")
-    with pytest.raises(DataError, match="same name"):
+    with pytest.raises(UserError, match="same name"):
         find_pairs(tmp_path, "crosscity", city="Rio")
 
 
@@ -246,7 +246,7 @@ def test_only_gta5_labels_may_differ_in_size_from_their_image(tmp_path):
     with pytest.warns(UserWarning, match=r"label.png is 3x2, its image .*image.png 6x4"):
         resized = SegmentationDataset([pair], "gta5", GTA, None)[0][1]
     assert resized.tolist() == [[0, 0, 1, 1, 2, 2]] * 2 + [[3, 3, 4, 4, 5, 5]] * 2
-    with pytest.raises(DataError, match=r"label.png is 3x2, its image .*image.png 6x4"):
+    with pytest.raises(UserError, match=r"label.png is 3x2, its image .*image.png 6x4"):
         SegmentationDataset([pair], "cityscapes", GTA, None)[0]
 
 
@@ -298,21 +298,21 @@ def test_training_items_are_resized_before_they_are_cropped(tmp_path):
     image, label, _, values = dataset[0, 5]
     assert image.shape == (3, 6, 8) and label.shape == values.shape == (6, 8)
     assert values.dtype == torch.int64 and values[2, 3] == 1 and values[2, 4] == 2 and values[3, 3] == 3
-    with pytest.raises(DataError, match="maps/00001.png is missing"):
+    with pytest.raises(UserError, match="maps/00001.png is missing"):
         dataset_of(gta5(tmp_path, 2), maps=[tmp_path / "maps"])
-    with pytest.raises(DataError, match="maps/00000.png is 8x6, its image 16x12"):
+    with pytest.raises(UserError, match="maps/00000.png is 8x6, its image 16x12"):
         dataset_of(gta5(tmp_path / "one", 1), maps=[tmp_path / "maps"])[0]
 
 
-def test_jitter_and_alter_change_the_image_only(tmp_path):
+def test_jitter_and_transform_change_the_image_only(tmp_path):
     gta5(tmp_path, 1)
     plain, seen = dataset_of(tmp_path)[0, 3], []
 
-    def alter(image, seed, name):
+    def transform(image, seed, name):
         seen.append((image.dtype, tuple(image.shape), 0 <= image.min() <= image.max() <= 1, seed))
         return 1 - image
 
-    jittered, altered = dataset_of(tmp_path, augment=Augment(jitter=0.5))[0, 3], dataset_of(tmp_path, alter=alter)[0, 3]
+    jittered, altered = dataset_of(tmp_path, augment=Augment(jitter=0.5))[0, 3], dataset_of(tmp_path, transform=transform)[0, 3]
     assert not torch.equal(jittered[0], plain[0]) and torch.equal(jittered[1], plain[1])
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))
     torch.testing.assert_close(altered[0] * std + mean, 1 - (plain[0] * std + mean))
@@ -334,15 +334,15 @@ def test_an_item_is_a_function_of_index_and_seed(tmp_path):
     assert not any(torch.equal(first[0], other) for other in first[1:])
 
 
-def test_sampler_covers_each_epoch_once_and_is_the_same_for_any_split(tmp_path):
-    one = list(IterationSampler(7, 4, 14, seed=3))
+def test_batch_order_covers_each_epoch_once_and_is_the_same_for_any_split(tmp_path):
+    one = list(batch_order(7, 4, 14, seed=3))
     indices = [index for batch in one for index, _ in batch]
     epochs = [indices[i:i + 7] for i in range(0, 56, 7)]
     assert all(sorted(epoch) == list(range(7)) for epoch in epochs) and len({tuple(e) for e in epochs}) > 5
     assert len({seed for batch in one for _, seed in batch}) == 56
-    assert one != list(IterationSampler(7, 4, 14, seed=4))
-    assert list(IterationSampler(7, 4, 14, seed=3, start=9)) == one[9:] and len(IterationSampler(7, 4, 14, 3, 9)) == 5
-    ranks = [list(IterationSampler(7, 2, 14, seed=3, rank=rank, world=2)) for rank in range(2)]
+    assert one != list(batch_order(7, 4, 14, seed=4))
+    assert list(batch_order(7, 4, 14, seed=3, start=9)) == one[9:]
+    ranks = [list(batch_order(7, 2, 14, seed=3, rank=rank, world=2)) for rank in range(2)]
     assert [a + b for a, b in zip(*ranks)] == one
     assert derive_seed(1, "a") != derive_seed(1, "b") and derive_seed(0, 1, 2) == 5458876493991123480
 
@@ -369,15 +369,48 @@ def test_sweep_visits_every_image_once(tmp_path):
     assert [name for _, _, (name,) in sweep_loader(dataset)] == [f"{i:05}" for i in range(5)]
 
 
+def test_a_fixed_version_is_training_items_of_one_seed(tmp_path):
+    dataset = dataset_of(gta5(tmp_path, 3), augment=Augment(flip=True, jitter=0.5, scale=(0.5, 2.0), crop=Size(9, 7)))
+    one, again, other = (list(fixed_version(dataset, seed)) for seed in (4, 4, 5))
+    assert [item[2] for item in one] == ["00000", "00001", "00002"] and all(item[0].shape == (3, 7, 9) for item in one)
+    assert all(torch.equal(a[0], b[0]) and torch.equal(a[1], b[1]) for a, b in zip(one, again, strict=True))
+    assert not any(torch.equal(a[0], b[0]) for a, b in zip(one, other))
+
+
+def test_an_image_at_another_size_is_antialiased_and_in_0_to_1(tmp_path):
+    pixels = np.kron([[0, 255], [255, 0]], np.ones((8, 8))).astype(np.uint8)
+    path = write_png(tmp_path / "x.png", np.stack([pixels] * 3, -1), 2)
+    whole, small = read_resized(path, None), read_resized(path, Size(2, 4))
+    assert whole.shape == (3, 16, 16) and whole.dtype == torch.float32 and set(whole.unique().tolist()) == {0.0, 1.0}
+    assert small.shape == (3, 4, 2) and small[0, 0, 0] < 0.2 and small[0, 0, 1] > 0.8
+    assert 0 < small[0, 1, 0] < small[0, 2, 0] < 1
+
+
+def test_maps_come_beside_the_labels_of_the_same_data_set(tmp_path):
+    write_png(tmp_path / "maps/00000.png", np.full((12, 16), 3, np.uint8), 0)
+    plain = dataset_of(gta5(tmp_path, 1), augment=Augment(flip=True))
+    mapped = plain.with_maps(tmp_path / "maps")
+    for seed in range(3):
+        image, label, name = plain[0, seed]
+        image_, label_, name_, values = mapped[0, seed]
+        assert torch.equal(image, image_) and torch.equal(label, label_) and name == name_ and (values == 3).all()
+
+
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_workers_error_arrives_as_one_sentence(tmp_path, workers):
+def test_a_workers_error_arrives_as_one_sentence(tmp_path, workers, capsys):
     dataset = dataset_of(gta5(tmp_path, 1))
     path = dataset.pairs[0].image
     path.write_bytes(path.read_bytes()[:200])
-    sentence = f"cannot read {path}: the file is damaged, truncated or not an image"
-    with pytest.raises(DataError, match=f"^{re.escape(sentence)}$"):
+
+    @command
+    def main(argv=None):
         next(iter(training_loader(dataset, 1, 1, seed=0, workers=workers)))
-    gc.collect()                                                 # frees the loader, and with it the worker
+
+    with pytest.raises(SystemExit) as stop:
+        main([])
+    sentence = f"test_data.py: error: cannot read {path}: the file is damaged, truncated or not an image\n"
+    assert stop.value.code == 2 and capsys.readouterr().err == sentence
+    assert not multiprocessing.active_children()                 # the loader's went with it
 
 
 def test_saved_labels_come_back_and_failures_leave_nothing(tmp_path):

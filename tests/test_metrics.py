@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import math
 import warnings
 from types import SimpleNamespace
@@ -11,7 +12,7 @@ from PIL import Image
 from torch import nn
 from torch.nn import functional as F
 
-from common.metrics import confusion_matrix, evaluate, iou, mean_iou, mean_iou_present, predict, score_table
+from common.metrics import confusion_matrix, evaluate, iou, mean_iou, percent, predict, print_scores, print_table, summary
 
 TRAIN_IDS = (7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33)
 
@@ -84,7 +85,7 @@ def test_everything_ignored_is_nan_without_warnings():
         warnings.simplefilter("error")
         matrix = confusion_matrix(torch.zeros(4, dtype=torch.int64), torch.full((4,), 255), 3)
         assert matrix.sum() == 0 and iou(matrix).isnan().all()
-        assert math.isnan(mean_iou(matrix)) and math.isnan(mean_iou_present(matrix))
+        assert math.isnan(mean_iou(matrix)) and math.isnan(mean_iou(matrix, present=True))
         assert math.isnan(mean_iou(matrix, []))
 
 
@@ -92,13 +93,13 @@ def test_absent_and_stray_classes():
     # Class 3 occurs nowhere; class 2 is predicted once and never labelled: 0 for the one mean, left out of the other.
     matrix = torch.tensor([[3, 0, 1, 0], [0, 4, 0, 0], [0, 0, 0, 0], [0, 0, 0, 0]])
     assert mean_iou(matrix) == pytest.approx((0.75 + 1 + 0) / 3)
-    assert mean_iou_present(matrix) == pytest.approx((0.75 + 1) / 2)
-    assert mean_iou_present(matrix, (1, 2, 3)) == 1 and math.isnan(mean_iou_present(matrix, (2, 3)))
+    assert mean_iou(matrix, present=True) == pytest.approx((0.75 + 1) / 2)
+    assert mean_iou(matrix, (1, 2, 3), present=True) == 1 and math.isnan(mean_iou(matrix, (2, 3), present=True))
 
 
 @pytest.mark.parametrize("prediction, label, message", [
     (torch.zeros(2, 3, dtype=torch.int64), torch.zeros(3, 2, dtype=torch.int64), r"\(2, 3\).*\(3, 2\)"),
-    (torch.full((2, 3), 5), torch.zeros(2, 3, dtype=torch.int64), r"6 labelled pixels.*0\.\.4.*\(2, 3\)"),
+    (torch.full((2, 3), 5), torch.zeros(2, 3, dtype=torch.int64), r"6 labelled pixels.*0\.\.4"),
     (torch.full((2, 3), -1), torch.zeros(2, 3, dtype=torch.int64), "6 labelled pixels"),
     (torch.zeros(2, 3, dtype=torch.int64), torch.full((2, 3), 7), "6 labelled pixels"),
     (torch.zeros(2, 3), torch.zeros(2, 3, dtype=torch.int64), "float32"),
@@ -164,13 +165,24 @@ def test_evaluate_restores_the_mode_after_a_failure(model):
         evaluate(model, [(torch.randn(1, 3, 8, 8), torch.full((1, 8, 8), 9))], 5, "cpu")
 
 
-def test_score_table():
+def test_scores_of_several_tests_side_by_side(capsys):
     classes = SimpleNamespace(names=("road", "sky", "wall"), means={"mIoU": (0, 1, 2), "mIoU*": (0, 1)})
     source = torch.tensor([[3, 1, 0], [0, 4, 0], [0, 0, 0]])            # no wall
     stray = torch.tensor([[3, 0, 1], [0, 4, 0], [0, 0, 0]])             # a pixel taken for wall
-    lines = [line.split() for line in score_table({"source only": source, "FADA": stray}, classes).splitlines()]
-    rows = [line for line in lines if not line[0].startswith("---")]
-    assert rows == [["class", "source", "only", "FADA"], ["road", "75.0", "75.0"], ["sky", "80.0", "100.0"],
-                    ["wall", "-", "0.0"], ["mIoU", "77.5", "58.3"], ["mIoU*", "77.5", "87.5"],
-                    ["mIoU", "present", "77.5", "87.5"], ["mIoU*", "present", "77.5", "87.5"]]
-    assert len(set(map(len, score_table({"a": source, "longer name": stray}, classes).splitlines()))) == 1
+    results = {"source only": summary(source, classes), "FADA": summary(stray, classes)}
+    results = json.loads(json.dumps(results))                           # as a run reads them again
+    assert results["source only"]["iou"] == {"road": 0.75, "sky": 0.8, "wall": None}
+    assert percent(results["FADA"]) == {"mIoU": 58.33, "mIoU*": 87.5, "mIoU present": 87.5, "mIoU* present": 87.5}
+    print_scores("IoU in percent", results)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[:2] == ["", "IoU in percent"] and set(lines[3]) == {"-"} and len(set(map(len, lines[2:]))) == 1
+    assert [line.split() for line in lines[2:3] + lines[4:]] == [
+        ["source", "only", "FADA"], ["road", "75.0", "75.0"], ["sky", "80.0", "100.0"], ["wall", "-", "0.0"],
+        ["mIoU", "77.5", "58.3"], ["mIoU*", "77.5", "87.5"],
+        ["mIoU", "present", "77.5", "87.5"], ["mIoU*", "present", "77.5", "87.5"]]
+
+
+def test_a_table_of_whatever_numbers(capsys):
+    print_table("distances", {"a": [1.23456, None], "longer name": [float("nan"), 1000.0]}, ["x", "a row"], digits=3)
+    assert capsys.readouterr().out.splitlines() == [
+        "", "distances", "           a  longer name", "-" * 25, "x      1.235            -", "a row      -     1000.000"]

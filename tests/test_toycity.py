@@ -8,7 +8,8 @@ from PIL import Image
 from torchvision.io import ImageReadMode, decode_image
 
 from common import toycity
-from common.cli import Size, UserError
+from common.cli import Size
+from common.files import UserError
 
 SMALL = Size(64, 32)
 CITYSCAPES_IDS = [7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33]

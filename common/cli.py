@@ -47,8 +47,7 @@ def option(default, help: str, *, paper=None, section: str = "", choices: tuple 
     """A dataclass field that is a flag; `default` None stands for "chosen from other flags".
 
     `paper`, `section`: the paper's value, and where it stands; None if it gives none (shown as †). `low`, `high`: the smallest
-    and largest value allowed. `defines_run`: whether a run continued with another value would be another run.
-    """
+    and largest value allowed. `defines_run`: whether a run continued with another value would be another run."""
     return dataclasses.field(default=default, metadata={"help": help, "paper": paper, "section": section, "choices": choices,
                                                         "low": low, "high": high, "defines_run": defines_run})
 
@@ -62,8 +61,7 @@ def parse(prog: str, doc: str, classes: tuple[type, ...], argv: list[str] | None
     """Read the command line into one instance of each dataclass in `classes`, the method's first.
 
     A field of two classes is one flag, which the first describes: so a Config gives its paper's value of a common option.
-    `toy` holds the defaults with --toy; a field `command` receives the command line. Raises: SystemExit(2) after one sentence.
-    """
+    `toy`: the defaults with --toy; a field `command` receives the command line. Raises: SystemExit(2) after one sentence."""
     argv = list(sys.argv[1:] if argv is None else argv)
     parser = _Parser(prog=prog, description=doc, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
     described: set[str] = set()

@@ -213,8 +213,7 @@ def read_label(path: str | Path, dataset: str, classes: ClassList) -> Tensor:
     """Read a label file of `dataset` as uint8 (H,W) of class indices 0..K-1, 255 where no class of the list is.
 
     GTA5's ids are palette indices, Cityscapes' and Cross-City's grey values, SYNTHIA's the first channel of 16-bit RGB.
-    Raises: UserError naming a file that is missing, damaged, of another pixel type, or has ids its dataset lacks.
-    """
+    Raises: UserError naming a file that is missing, damaged, of another pixel type, or has ids its dataset lacks."""
     ids = _read_synthia_ids(path) if dataset == "synthia" else _read_ids(path)
     label = _index_table(dataset, classes)[np.minimum(ids, 255).astype(np.uint8)]
     if (label == _UNDEFINED).any():

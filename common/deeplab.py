@@ -62,8 +62,7 @@ def dilate(layer: nn.Sequential, first: int, dilations: Sequence[int]) -> None:
 
     Works on BasicBlock too, which torchvision's replace_stride_with_dilation refuses. With dilations twice `first` (that of
     the convolution that carried the stride), every second output is what the strided layer would compute. `dilations` holds
-    one number per block, for its other 3x3 convolutions.
-    """
+    one number per block, for its other 3x3 convolutions."""
     for block, dilation in zip(layer, dilations):
         for conv in block.modules():
             if isinstance(conv, nn.Conv2d):
@@ -202,8 +201,7 @@ class DeepLab(nn.Module):
 
         Frozen means, also after `model.train()`, that running statistics are used and kept, and affine parameters have no
         gradient. "affine" freezes only the encoder's affine parameters: batch statistics are used, running ones updated. Call
-        it before `parameter_groups`. Raises ValueError for another word.
-        """
+        it before `parameter_groups`. Raises ValueError for another word."""
         if which not in ("all", "encoder", "affine", "none"):
             raise ValueError(f"freeze_bn must be all, encoder, affine or none, not {which!r}")
         self.frozen_bn = which
@@ -231,9 +229,7 @@ class DeepLab(nn.Module):
 
 class DeepLabV2(DeepLab):
     """DeepLab v2 (ResNet-101, -50, -18 or VGG-16) at stride 8.
-
-    forward: (N, 3, H, W) float -> feat (N, feat_channels, h, w), logits (N, num_classes, h, w) with h about H/8.
-    """
+    forward: (N, 3, H, W) float -> feat (N, feat_channels, h, w), logits (N, num_classes, h, w) with h about H/8."""
 
     network, head_rate = "v2", 10
 
@@ -259,9 +255,7 @@ class DeepLabV2(DeepLab):
 
 class DeepLabV3Plus(DeepLab):
     """DeepLab v3+ (ResNet-101, -50 or -18): encoder at stride 16, ASPP with image pooling, decoder at stride 4.
-
-    forward: (N, 3, H, W) float -> feat (N, 256, h, w), logits (N, num_classes, h, w) with h about H/4.
-    """
+    forward: (N, 3, H, W) float -> feat (N, 256, h, w), logits (N, num_classes, h, w) with h about H/4."""
 
     network = "v3+"
 

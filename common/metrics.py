@@ -19,8 +19,7 @@ def confusion_matrix(prediction: Tensor, label: Tensor, num_classes: int) -> Ten
     """Count the pixels of each (label, prediction) pair of classes: (K,K) int64 on the label's device, rows = label.
 
     Args: prediction (..) integer, 0..K-1 wherever there is a label; label (..) integer, 0..K-1, or 255, which is ignored.
-    Raises: ValueError for another value, for tensors of two shapes, and for floats.
-    """
+    Raises: ValueError for another value, for tensors of two shapes, and for floats."""
     if prediction.shape != label.shape or prediction.is_floating_point() or label.is_floating_point():
         raise ValueError(f"prediction {tuple(prediction.shape)} {prediction.dtype} and label {tuple(label.shape)} "
                          f"{label.dtype} must be integer tensors of one shape")
@@ -54,8 +53,7 @@ def predict(model: nn.Module, image: Tensor, size: tuple[int, int], scales: Sequ
 
     With several views (scales, each also mirrored with `flip`) the mean of the softmaxes of their upsampled logits decides.
     Args: model returns (feat, logits (N,K,h',w')); image (N,3,h,w) float32, normalised; size (H, W) of the result.
-    Returns: (N,H,W) int64, classes 0..K-1.
-    """
+    Returns: (N,H,W) int64, classes 0..K-1."""
     views = []                                                        # logits (N, K, h', w') of each
     for scale in scales:
         scaled = image if scale == 1 else F.interpolate(

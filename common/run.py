@@ -138,8 +138,7 @@ class Run:
             name: decides the random streams and the checkpoint's name.
             iterations: the stage's length, also the horizon of the poly rate.
             state: everything that must survive: modules and optimizers (anything with `state_dict`).
-            datasets: each gives a batch `(image, label, *maps)` of batch_size images on the device.
-            note: what to log of the preparation.
+            datasets: each gives a batch `(image, label, *maps)` of batch_size images on the device; note: for the log.
         """
         if self._has(f"{name}.pt"):                                 # killed before its evaluation
             restore(self._checkpoint(name)["state"], state)

@@ -38,6 +38,8 @@ def overlay(image: np.ndarray, label: Tensor | np.ndarray, classes: ClassList, a
     """(1 - alpha) * image + alpha * colour of the class, rounded; the image shows unchanged where the label is 255.
     image (h,w,3) uint8; label (h,w) integer; alpha: 0 (image only) to 1 (colours only).  Returns: (h,w,3) uint8."""
     label = _array(label)
+    if label.shape != image.shape[:2]:
+        raise ValueError(f"an image of shape {image.shape} does not match a label of shape {label.shape}")
     blend = ((1 - alpha) * image + alpha * colorize(label, classes)).round().astype(np.uint8)
     return np.where((label == IGNORE)[..., None], image, blend)
 
@@ -68,10 +70,10 @@ def contact_sheet(path: str | os.PathLike, rows: Sequence[Sequence[np.ndarray]],
     heights = [max(panel.height for panel in row) for row in panels]
     head = top = 30
     sheet = Image.new("RGB", (GAP + len(titles) * (width + GAP), head + sum(heights) + GAP * len(rows)), "white")
-    draw = ImageDraw.Draw(sheet)
     for column, title in enumerate(titles):
-        middle = (GAP + column * (width + GAP) + width / 2, head / 2)
-        draw.text(middle, title, (40, 40, 40), ImageFont.load_default(18), anchor="mm")
+        panel = Image.new("RGB", (width, head), "white")              # cuts a title that is too long
+        ImageDraw.Draw(panel).text((width / 2, head / 2), title, (40, 40, 40), ImageFont.load_default(18), anchor="mm")
+        sheet.paste(panel, (GAP + column * (width + GAP), 0))
     for row, height in zip(panels, heights):
         for column, panel in enumerate(row):
             sheet.paste(panel, (GAP + column * (width + GAP), top))

@@ -1,15 +1,18 @@
 from __future__ import annotations
 
-import math
+import json
+import sys
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch import nn
 
-from common.cli import UserError
-from common.viz import GAP, SERIES_COLORS, colorize, contact_sheet, curves, denormalise, overlay
+from common import curves
+from common.files import UserError
+from common.viz import GAP, colorize, contact_sheet, denormalise, overlay, prediction_rows
 
 CLASSES = SimpleNamespace(names=("road", "sidewalk", "building"),
                           colors=((128, 64, 128), (244, 35, 232), (70, 70, 70)))
@@ -79,56 +82,89 @@ def test_contact_sheet_refuses_ragged_rows(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_curves_draw_each_series_in_its_color(tmp_path):
-    path = tmp_path / "curves.png"
-    curves(path, {"falling": [(x, 100 - x) for x in range(101)],
-                  "gap": [(0, 50), (40, 50), (50, math.nan), (60, 50), (100, 50)],
-                  "point": [(20, 10)], "empty": [], "nothing": [(1, math.nan), (2, math.inf)]}, "losses", ylabel="loss")
-    chart = read(path)
-    swatch = count(chart, SERIES_COLORS[3])                             # an empty series: only its mark in the legend
-    assert swatch == count(chart, SERIES_COLORS[4]) > 50
-    assert swatch + 20 < count(chart, SERIES_COLORS[2]) < swatch + 150  # and a dot
-    rows, columns = np.nonzero((chart == SERIES_COLORS[0]).all(axis=-1))
-    line = columns < columns.max() - 20                                 # without the legend, which is to the right
-    rows, columns = rows[line], columns[line]
-    assert rows[columns.argmin()] < rows[columns.argmax()] - 300        # a falling series falls
-    middle = (rows.min() + rows.max()) // 2
-    flat = np.nonzero((chart[middle] == SERIES_COLORS[1]).all(axis=-1))[0]
-    jump = np.diff(flat).max()                                          # the line is open where the value is NaN,
-    assert 0.15 < jump / (columns.max() - columns.min()) < 0.25         # from x = 40 to x = 60
+def test_rows_of_predictions_are_of_images_from_all_over_and_keep_the_models_modes(tmp_path):
+    """A model that predicts class 1 where red is above its mean, on images whose left part is red."""
+    class Red(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.bn, self.frozen = nn.BatchNorm2d(3), nn.BatchNorm2d(3).eval()
+
+        def forward(self, x):
+            assert not self.bn.training
+            return x, torch.stack([torch.zeros_like(x[:, 0]), x[:, 0]], dim=1)
+
+    def item(k):
+        image = torch.full((3, 4, 8), -1.0)
+        image[0, :, :k + 1] = 1.0
+        return image, torch.full((8, 16), k % 3), f"{k}"                # the label has its own resolution
+
+    model, placed = Red(), []
+    rows = prediction_rows(model, [item(k) for k in range(9)], CLASSES, lambda x: placed.append(x) or x)
+    assert [x.shape for x in placed] == [(1, 3, 4, 8)] * 4 and [(x[0, 0, 0] == 1).sum().item() for x in placed] == [1, 3, 5, 7]
+    for k, (photo, mixed, prediction, label) in zip((0, 2, 4, 6), rows, strict=True):
+        assert np.array_equal(photo, denormalise(item(k)[0]))
+        assert np.array_equal(prediction, colorize((item(k)[0][0] > 0).long(), CLASSES)) and label.shape == (4, 8, 3)
+        assert np.array_equal(mixed, overlay(photo, (item(k)[0][0] > 0).long(), CLASSES))
+        assert (label == CLASSES.colors[k % 3]).all()
+    assert model.training and model.bn.training and not model.frozen.training
+    assert len(prediction_rows(model, [item(0)], CLASSES, lambda x: x)) == 1
 
 
-@pytest.mark.parametrize("series", [
-    {}, {"a": []}, {"a": [(0, math.nan), (1, 2), (2, 3)]}, {"a": [(5, 0)]}, {"a": [(0, 3), (9, 3)]},
-    {"a": [(0, 0), (0, 1)]}, {"a": [(0, -1e12), (1, 1e12)]}, {"long name " * 20: [(0, 1e-9), (1, 2e-9)]},
-    {str(n): [(0, n), (1, 0)] for n in range(len(SERIES_COLORS) + 2)},
-])
-@pytest.mark.parametrize("log", [False, True])
-def test_curves_of_odd_series(tmp_path, series, log):
-    curves(tmp_path / "c.png", series, "title " * 60, log=log)
-    chart = read(tmp_path / "c.png")
-    assert chart.shape == (540, 960, 3)
-    assert (chart[:, :5] == 255).all() and (chart[:, -5:] == 255).all() and (chart[:3] == 255).all()   # nothing clips
-    if any(y > 0 or not log for points in series.values() for _, y in points):
-        assert count(chart, SERIES_COLORS[0]) > 200                     # more than its mark in the legend
+def log(folder, *records):
+    folder.mkdir()
+    (folder / "log.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    return folder
 
 
-def test_curves_on_a_logarithmic_axis(tmp_path):
-    curves(tmp_path / "c.png", {"a": [(0, 0.01), (1, 1)], "b": [(1.1, 1), (2, 100)], "c": [(1, 0), (2, -3)]}, "", log=True)
-    chart = read(tmp_path / "c.png")
-    ends = []
-    for color in SERIES_COLORS[:2]:
-        rows, columns = np.nonzero((chart == color).all(axis=-1))
-        rows, columns = rows[columns < 890], columns[columns < 890]     # without the legend
-        ends.append((rows[columns.argmin()], rows[columns.argmax()]))
-    (a0, a1), (b0, b1) = ends
-    assert a0 - a1 == pytest.approx(b0 - b1, abs=4) and a0 - a1 > 150   # a factor of 100 is as high everywhere
-    assert count(chart, SERIES_COLORS[2]) < 250                         # only the mark in the legend
+def test_series_of_stages_follow_one_another(tmp_path):
+    run = log(tmp_path / "run", {"stage": "one", "iteration": 0, "note": 3.0},
+              {"stage": "one", "iteration": 2, "rate": 0.1, "seconds": 1.0, "seg": 2.0},
+              {"stage": "one", "iteration": 4, "rate": 0.1, "seconds": 1.0, "seg": 1.0},
+              {"stage": "one", "iteration": 4, "miou": {"mIoU": 40.0}},
+              {"stage": "two", "iteration": 3, "rate": 0.1, "seconds": 1.0, "seg": 0.5, "adv": 7.0})
+    points, begin = curves.series(run)
+    assert begin == {"one": 0, "two": 4}
+    assert points == {"seg": [(2, 2.0), (4, 1.0), (7, 0.5)], "mIoU": [(4, 40.0)], "adv": [(7, 7.0)]}
+    assert curves.smooth([3.0, 3.0, 3.0]) == pytest.approx([3.0] * 3)
+    assert curves.smooth([0.0, 1.0])[1] == pytest.approx(0.1 / 0.19)    # the weights are 0.09 and 0.1
+
+
+def test_charts_and_differences_of_two_runs(tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    line = {"stage": "one", "rate": 0.1, "seconds": 1.0}
+    runs = [log(tmp_path / name, {**line, "iteration": 5, "seg": loss}, {**line, "iteration": 9, "seg": loss / 2})
+            for name, loss in (("a", 1.0), ("b", 3.0))]
+    for run, score in zip(runs, (0.25, 0.375)):
+        iou = {"road": score, "sky": None}
+        (run / "results.json").write_text(json.dumps({"one": {"single-scale": {"mIoU": score, "iou": iou}}}))
+    out = tmp_path / "new" / "c.png"
+    curves.main([*map(str, runs), "--out", str(out)])
+    text = capsys.readouterr().out
+    picture = read(out)[..., :3].reshape(-1, 3)
+    assert picture.min() == 0 and len(np.unique(picture, axis=0)) > 20
+    lines = {line.split()[0]: line.split()[1:] for line in text.splitlines()[1:]}
+    assert lines["road"] == lines["mIoU"] == ["25.0", "37.5", "(+12.5)"] and lines["sky"] == ["-", "-"]
+    curves.draw(runs[:1], tmp_path / "one.png")
+    assert read(tmp_path / "one.png").shape != read(out).shape or not np.array_equal(read(tmp_path / "one.png"), read(out))
+
+
+def test_charts_of_what_is_missing_are_refused(tmp_path, capsys, monkeypatch):
+    run, other = log(tmp_path / "run", {"stage": "one", "iteration": 1, "rate": 0.1, "seg": 1.0}), tmp_path / "other"
+    other.mkdir()
+    for argv, words in (([other], "other has no log.jsonl: give the folder of a run"),
+                        ([run, run], "run has no results.json yet")):
+        with pytest.raises(SystemExit) as stop:
+            curves.main([*map(str, argv), "--out", str(tmp_path / "c.png")])
+        assert stop.value.code == 2 and words in capsys.readouterr().err
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)         # as if it were not installed
+    with pytest.raises(SystemExit) as stop:
+        curves.main([str(run)])
+    assert stop.value.code == 2 and "matplotlib is not installed" in capsys.readouterr().err
 
 
 def test_files_are_replaced_whole(tmp_path, monkeypatch):
-    path = tmp_path / "c.png"
-    curves(path, {"a": [(0, 1)]}, "first")
+    path, picture = tmp_path / "c.png", np.zeros((2, 2, 3), dtype=np.uint8)
+    contact_sheet(path, [[picture]], ["first"])
     assert list(tmp_path.iterdir()) == [path]
     before = path.read_bytes()
 
@@ -138,5 +174,5 @@ def test_files_are_replaced_whole(tmp_path, monkeypatch):
 
     monkeypatch.setattr(Image.Image, "save", cut_short)
     with pytest.raises(UserError, match=r"c\.png: No space left"):
-        curves(path, {"a": [(0, 2)]}, "second")
+        contact_sheet(path, [[picture]], ["second"])
     assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]

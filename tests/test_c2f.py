@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import math
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,8 +18,9 @@ from torch import nn
 from torchvision.transforms import v2
 
 import c2f
-from common.data import find_pairs, read_image
-from common.deeplab import build_model
+from common.data import class_list, find_pairs, read_image
+from common.deeplab import DeepLab, build_model
+from common.files import read_log
 from common.run import Run
 
 IGNORE = 255
@@ -80,26 +83,14 @@ def test_match_histogram_by_hand_and_with_counts():
     source, reference = torch.tensor([[0.0, 0, 0, 10]]), torch.tensor([[1.0, 2], [3, 5]])
     # CDF of 0 is 3/4, where the reference has 3; of 10 it is 1, where the reference has 5.
     assert c2f.match_histogram(source, reference).tolist() == [[3, 3, 3, 5]]
-    counted = c2f.match_values(torch.tensor([10.0, 0, 0]), torch.tensor([1, 2, 1]), torch.tensor([5.0, 1, 2, 3]),
-                               torch.ones(4).long())
-    assert counted.tolist() == [5, 3, 3]
+    counted = c2f.match_histogram(torch.tensor([[10.0, 0, 0]]), torch.tensor([[5.0, 1, 2, 3]]), torch.tensor([[1, 2, 1]]),
+                                  torch.ones(1, 4).long())
+    assert counted.tolist() == [[5, 3, 3]]
+    # CDF of 0 is 1/2, at which the reference has 2; its 5 occurs six times.
+    often = c2f.match_histogram(torch.tensor([0.0, 10]), torch.tensor([1.0, 2, 5]), reference_count=torch.tensor([5, 1, 6]))
+    assert often.tolist() == [2, 5]
     image = torch.rand(64, 64, generator=torch.Generator().manual_seed(1))
     assert torch.allclose(c2f.match_histogram(image, image), image, atol=1e-6)
-
-
-@pytest.mark.parametrize("bins", [5, 64])
-def test_match_histogram_of_rounded_values(bins):
-    def rounded(x):
-        low, width = x.min(), (x.max() - x.min()) / bins
-        return low + np.floor((x - low) / width + 0.5) * width
-    rng = np.random.default_rng(0)
-    source, reference = 2 + 3 * rng.uniform(size=(40, 50)), -7 + rng.normal(size=(30, 70)) ** 2
-    got = c2f.match_histogram(torch.from_numpy(source), torch.from_numpy(reference), bins)
-    np.testing.assert_allclose(got, exposure.match_histograms(rounded(source), rounded(reference)), atol=1e-9)
-    assert len(got.unique()) <= bins + 1 < len(np.unique(source))
-    for flat in (torch.full((4, 5), 0.3), torch.zeros(4, 5)):
-        assert (c2f.match_histogram(flat, torch.tensor([[1.0, 2, 9]]), bins) == 9).all()
-        assert (c2f.match_histogram(torch.rand(4, 5), flat, bins) == flat).all()
 
 
 # ---------------------------------------------------------------------------------- Eq. (2), gamma
@@ -202,10 +193,11 @@ def test_alignments_in_lab(which, beta, photos):
 
 def test_alignment_by_colors_equals_alignment_by_pixels(photos):
     source, reference = photos
-    colors, count, index = c2f.distinct_colors(source)
-    assert torch.allclose(colors[:, index], source, atol=1e-7) and count.sum() == source[0].numel() > len(count)
+    colors, index, count = c2f.distinct_colors(source)
+    assert torch.allclose(colors[:, 0, index], source, atol=1e-7) and count.sum() == source[0].numel() > count.numel()
+    assert torch.equal(index.flatten().bincount(), count[0]) and colors.shape == (3, *count.shape)
     between = [(x + 1e-5).clamp(max=1) for x in photos]                          # no longer 256 levels
-    assert c2f.distinct_colors(between[0])[0].shape == (3, source[0].numel())
+    assert c2f.distinct_colors(between[0])[0].shape == (3, 1, source[0].numel())
     for align in (c2f.photometric_align, c2f.align_by_gamma, c2f.align_by_histogram):
         error = (align(source, reference) - align(*between)).abs()
         assert error.median() < 1e-4 and error.quantile(0.98) < 0.01             # ties break where values moved by a rounding
@@ -250,12 +242,12 @@ def test_frequency_alignment_by_default_to_a_reference_of_another_size():
 
 @pytest.mark.parametrize("which", ["gpa", "gamma", "histogram", "frequency"])
 def test_the_seed_chooses_among_all_references(which, city, photos):
-    cfg = c2f.Config(alignment=which, beta=0.3, window=0.1, target_size=c2f.Size(48, 20))
+    cfg = c2f.Config(alignment=which, beta=0.3, window=0.1)
     files = [pair.image for pair in find_pairs(city, "cityscapes")][:3]
     align = {"gpa": lambda m, n: c2f.photometric_align(m, n, 0.3), "gamma": lambda m, n: c2f.align_by_gamma(m, n, 0.3),
              "histogram": c2f.align_by_histogram, "frequency": lambda m, n: c2f.align_by_frequency(m, n, 0.1)}[which]
     expected = [align(photos[0], v2.functional.resize(read_image(file), [20, 48], antialias=True) / 255) for file in files]
-    alignment, chosen = c2f.Alignment(cfg, files), []
+    alignment, chosen = c2f.Alignment(cfg, files, c2f.Size(48, 20)), []
     for seed in range(12):
         aligned = alignment(photos[0], seed, "name")
         chosen += [k for k, image in enumerate(expected) if torch.allclose(aligned, image, atol=1e-6)]
@@ -268,7 +260,7 @@ def test_align_writes_one_picture(photos, city, tmp_path, capsys):
     c2f.main(["--align", *files, str(tmp_path / "out.png")])
     written = np.array(Image.open(tmp_path / "out.png"))
     assert (np.abs(written / 255 - hwc(c2f.photometric_align(*photos))) <= 0.5 / 255 + 1e-6).all()
-    for wrong, words in ((files, "takes three files"), ([*files[:1], "missing.png", "out.png"], "missing.png")):
+    for wrong, words in ((files, "--align: expected 3 arguments"), ([*files[:1], "missing.png", "out.png"], "missing.png")):
         with pytest.raises(SystemExit) as stop:
             c2f.main(["--align", *wrong])
         assert stop.value.code == 2 and words in capsys.readouterr().err
@@ -393,12 +385,13 @@ def test_labels_come_to_the_grid_by_the_nearest_centre():
 
 def test_consistency_loss_is_eq_5_and_valid_labels():
     logits = torch.randn(2, 4, 3, 5, dtype=torch.float64)
-    label, bins = labels(2, 3, 5, K=4, seed=1), torch.randint(c2f.BINS, (2, 3, 5), generator=torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(0)
+    label, bins = (torch.randint(n, (2, 3, 5), generator=generator) for n in (4, c2f.BINS))
     thresholds = torch.tensor([0.9, 0.5, 0.0, 0.3004])
     valid = c2f.valid_labels(label, bins, thresholds)
     total = []
     for z, y, b, got in zip(rows(logits), label.flatten().tolist(), bins.flatten().tolist(), valid.flatten().tolist()):
-        counts = y != IGNORE and b / c2f.BINS >= round(float(thresholds[y]), 6)
+        counts = b / c2f.BINS >= round(float(thresholds[y]), 6)
         assert got == (y if counts else IGNORE)
         if counts:
             total.append(-math.log(math.exp(z[y]) / np.exp(z).sum()))
@@ -406,11 +399,27 @@ def test_consistency_loss_is_eq_5_and_valid_labels():
     assert c2f.consistency_loss(logits, valid * 0 + IGNORE).item() == 0
     assert c2f.first_valid_bin(torch.tensor([0.9, 0.0, 0.076, 1.0]).double()).tolist() == [225, 0, 19, 250]
     edges = torch.arange(c2f.BINS + 1)
-    for t in (edges.double() / c2f.BINS, (edges.double() / c2f.BINS).float()):   # state.pt keeps float32
+    for t in (edges.double() / c2f.BINS, (edges.double() / c2f.BINS).float()):
         assert torch.equal(c2f.first_valid_bin(t), edges)
         assert torch.equal(c2f.first_valid_bin(t[:-1] + 0.3 / c2f.BINS), edges[1:])
-    label, bins = torch.tensor([[[0, 0, 0, 1, 1, 1, IGNORE]]]), torch.tensor([[[18, 19, 20, 224, 225, 249, 255]]])
-    assert c2f.valid_labels(label, bins, torch.tensor([0.076, 0.9])).tolist() == [[[IGNORE, 0, 0, IGNORE, 1, 1, IGNORE]]]
+    label, bins = torch.tensor([[0, 0, 0, 1, 1, 1]]), torch.tensor([[18, 19, 20, 224, 225, 249]])
+    assert c2f.valid_labels(label, bins, torch.tensor([0.076, 0.9])).tolist() == [[IGNORE, 0, 0, IGNORE, 1, 1]]
+
+
+def test_the_report_of_a_step_by_hand(capsys):
+    histogram = torch.zeros(3, c2f.BINS, dtype=torch.int64)
+    histogram[0, [224, 225, 249]] = torch.tensor([5, 2, 1])                      # a: 3 of 8 from 0.9 on; b: all 2 from 0.1 on
+    histogram[1, 25] = 2
+    centers = torch.tensor([[1.0, 0], [math.nan] * 2, [0, 1]])
+    run = SimpleNamespace(classes=SimpleNamespace(names=("a", "b", "c")))
+    thresholds = torch.tensor([0.9, 0.1, 0.9], dtype=torch.float64)
+    note = c2f.report_labels(run, "step4", centers, thresholds, histogram)
+    assert note == {"thresholds": {"a": 0.9, "b": 0.1, "c": 0.9}, "without_center": ["b"],
+                    "valid_percent": {"a": 37.5, "b": 100}}
+    title, _, _, *table, last = capsys.readouterr().out.strip().split("\n")
+    assert title.startswith("step4: ") and last == "step4: no source pixel, so no centre: b"
+    assert [line.split() for line in table] == [["a", "90.0", "37.5"], ["b", "10.0", "100.0"], ["c", "90.0", "-"],
+                                                ["all", "-", "50.0"]]
 
 
 def test_tau_is_a_function_of_its_seeds():
@@ -437,6 +446,60 @@ def test_tau_jitters_what_was_there_before_the_normalisation(strength):
     torch.testing.assert_close(c2f.tau(last, strength, [5, 6, 7]), got, rtol=0, atol=1e-5)
 
 
+# -------------------------------------------------------------------------------------- golden numbers
+
+
+def test_golden_numbers_of_the_alignment():
+    """Values that scikit-image, Eq. (2) by trying and a naive Fourier transform gave once."""
+    m = torch.tensor([[[200, 30], [90, 12]], [[180, 60], [90, 240]], [[10, 200], [91, 130]]]) / 255
+    n = torch.tensor([[[40, 250, 128]], [[80, 220, 30]], [[60, 90, 201]]]) / 255
+    lab, lab_n = c2f.rgb_to_lab(m.double()), c2f.rgb_to_lab(n.double())
+    golden = {
+        "lab": [[[72.856361, 33.298771], [38.272086, 83.968838]], [[-7.691216, 42.262753], [0.2114, -71.369506]],
+                [[73.675264, -74.71349], [-0.573296, 39.937645]]],
+        "a": [[-11.743985, 66.919732], [13.751119, -19.516218]],
+        "gamma": 1.168215,
+        "gpa": [[[0.707987, 0.390634], [0.271333, 0.709766]], [[0.675203, 0], [0.281138, 0.831166]],
+                [[0.129114, 0.681687], [0.488658, 0.6304]]],
+        "gamma on all": [[[0.877794, 0.180573], [0.41405, 0.489195]], [[0.609076, 0.099595], [0.246379, 0.878066]],
+                         [[0.105276, 0.773709], [0.358407, 0.542873]]],
+        "histogram on all": [[[0.495187, 0.425227], [0.285624, 0.78089]], [[0.481167, 0], [0.294335, 0.903841]],
+                             [[0, 0.714417], [0.503336, 0.699788]]],
+    }
+    got = {"lab": lab, "a": c2f.match_histogram(lab[1], lab_n[1]), "gamma": c2f.solve_gamma(lab[0] / 100, lab_n[0] / 100),
+           "gpa": c2f.photometric_align(m, n), "gamma on all": c2f.align_by_gamma(m, n),
+           "histogram on all": c2f.align_by_histogram(m, n)}
+    for name, values in golden.items():
+        np.testing.assert_allclose(torch.as_tensor(got[name]).numpy(), values, atol=1e-4, err_msg=name)
+    np.testing.assert_allclose(c2f.lab_to_rgb(torch.tensor(golden["lab"])), m, atol=1e-5)
+
+    x, x_n = (torch.from_numpy(values) for values in np.random.default_rng(2103).uniform(0.3, 0.7, (2, 3, 3, 4)).round(2))
+    swapped = c2f.align_by_frequency(x, x_n, window=0.34)                       # int(0.34 * 3) = 1
+    np.testing.assert_allclose(swapped[0], [[0.564154547, 0.548020871, 0.380010173, 0.466143849], [0.5114995, 0.605023828,
+                               0.36830628, 0.294781952], [0.60794516, 0.280496156, 0.53808434, 0.645533344]], atol=1e-8)
+
+
+def test_golden_numbers_of_the_categories():
+    """Values that the loops above gave once, so that a change of reading shows even where loop and code change together."""
+    rng = np.random.default_rng(2103)
+    rng.uniform(size=72)
+    feat, logits = (torch.from_numpy(rng.normal(size=(1, n, 2, 3)).round(2)) for n in (2, 4))
+    label = torch.tensor([[[0, 2, IGNORE], [1, 0, 3]]])
+    centers = torch.tensor([[1.0, 0], [0.6, -0.8], [-0.28, 0.96], [math.nan, math.nan]], dtype=torch.float64)
+    valid = c2f.valid_labels(label.clamp(max=3), torch.tensor([[[226, 125, 0], [124, 225, 25]]]),
+                             torch.tensor([0.9, 0.5, 0.104, 0.104]))
+    assert valid.tolist() == [[[0, 2, IGNORE], [IGNORE, 0, IGNORE]]]
+    got = [c2f.triplet_loss(feat, label, centers), c2f.triplet_loss(feat, label, centers, 0.2, "all"),
+           c2f.segmentation_loss(logits, label), c2f.consistency_loss(logits, valid)]
+    assert [x.item() for x in got] == pytest.approx([0.8172870340374812, 0.8685472191144787, 1.201192394540137,
+                                                     1.4506083290459701], rel=1e-12)
+    np.testing.assert_allclose(c2f.category_centers(*c2f.class_sums(feat, label, 3)), [
+        [-0.6606278948920247, -0.7507135169227552], [-0.9500918071358831, 0.3119704441341706],
+        [0.6964753771686599, 0.7175806916283163]], rtol=1e-12)
+    histogram = torch.tensor([[0, 1, 2, 3, 4], [5, 0, 0, 0, 1], [0, 0, 0, 0, 9], [0, 0, 0, 0, 0]])
+    assert c2f.category_thresholds(histogram, P_h=0.75, p=41).tolist() == pytest.approx([0.6, 0, 0.75, 0.75])
+
+
 # ----------------------------------------------------------------------------------------------- the steps
 
 
@@ -458,8 +521,8 @@ class Tiny(nn.Module):
 class FakeRun:
     """What a step uses of a run."""
 
-    world, rank = 1, 0
-    parallel, share, gathered, item_seeds = Run.parallel, Run.share, Run.gathered, Run.item_seeds
+    rank = 0
+    item_seeds = Run.item_seeds
 
     def __init__(self, batches, seed=3):
         self.batches, self.losses, self.options = batches, [], SimpleNamespace(seed=seed)
@@ -467,8 +530,8 @@ class FakeRun:
     def autocast(self):
         return contextlib.nullcontext()
 
-    def stage(self, *call, batch_size):
-        (self.name, self.iterations, self.state, *self.data), self.batch_size = call, batch_size
+    def stage(self, *call, batch_size, note=None):
+        (self.name, self.iterations, self.state, *self.data), self.batch_size, self.note = call, batch_size, note
         yield from ((it, *batch) for it, batch in enumerate(self.batches))
 
     def report(self, **losses):
@@ -489,8 +552,7 @@ def tiny_batches():
         x_s, x_t = torch.randn(2, 3, 16, 32, dtype=torch.float64), 0.3 + 0.5 * torch.randn(2, 3, 16, 32, dtype=torch.float64)
         y_s, y_t = labels(2, 16, 32, K=4, seed=it), labels(2, 16, 32, K=4, seed=10 + it)
         y_s[0, :4], y_t[1, :, :9] = IGNORE, IGNORE                               # images with unequal shares
-        confidence = torch.randint(c2f.BINS, y_t.shape).masked_fill(y_t == IGNORE, 255)
-        batches.append(((x_s, y_s), (x_t, torch.ones_like(y_t), y_t, confidence)))
+        batches.append(((x_s, y_s), (x_t, torch.ones_like(y_t), y_t)))
     return batches
 
 
@@ -544,7 +606,6 @@ def test_a_step_minimises_the_three_losses(triplet_target, negatives, monkeypatc
                      triplet_target=triplet_target, lr=0.3, step_lr=0.05, encoder_rate=0.5, momentum=0.9, weight_decay=0.03,
                      step_iterations=77, batch_size=2)
     (models, batches), jittered = (tiny_models(), tiny_batches()), []
-    thresholds = torch.tensor([0.9, 0.5, 0.0, 0.3])
     centers = nn.functional.normalize(torch.randn(4, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(1)), dim=1)
     centers[3] = math.nan
 
@@ -554,22 +615,17 @@ def test_a_step_minimises_the_three_losses(triplet_target, negatives, monkeypatc
     monkeypatch.setattr(c2f, "tau", spy)
 
     def losses(it, source, target):
-        (x_s, y_s), (x_t, _, y_t, confidence) = source, target
-        valid = y_t.clone()
-        for n, i, j in (y_t != IGNORE).nonzero().tolist():
-            if confidence[n, i, j] / c2f.BINS < thresholds[y_t[n, i, j]] - 1e-6:
-                valid[n, i, j] = IGNORE
-        assert 0.2 < (valid != IGNORE).sum() / (y_t != IGNORE).sum() < 0.8
+        (x_s, y_s), (x_t, _, y_t) = source, target
         (feat_s, logits_s), (feat_t, logits_t), (_, logits_tau) = (models[1](x) for x in (x_s, x_t, jittered[it][3]))
         triplet = eq4(feat_s, y_s[:, 2::4, 2::4], centers, 0.3, negatives)       # of 4 pixels the third: 1.5 to 2.5
         if triplet_target:
-            triplet = triplet + eq4(feat_t, valid[:, 2::4, 2::4], centers, 0.3, negatives)
-        seg_s, seg_t, consist = cross_entropy(logits_s, y_s), cross_entropy(logits_t, valid), cross_entropy(logits_tau, valid)
+            triplet = triplet + eq4(feat_t, y_t[:, 2::4, 2::4], centers, 0.3, negatives)
+        seg_s, seg_t, consist = cross_entropy(logits_s, y_s), cross_entropy(logits_t, y_t), cross_entropy(logits_tau, y_t)
         found = {"seg_s": seg_s, "seg_t": seg_t, "triplet": triplet, "consist": consist}
         return found, seg_s + 0.7 * seg_t + 1.9 * triplet + 0.4 * consist
-    run, data = FakeRun(batches), [object(), object()]
-    c2f.train_step(run, cfg, 2, models[0], centers, thresholds, *data)
-    assert (run.name, run.iterations, run.data, run.batch_size) == ("step2", 77, data, 2)
+    run, data, note = FakeRun(batches), [object(), object()], {"thresholds": {}}
+    c2f.train_step(run, cfg, 2, models[0], centers, *data, note)
+    assert (run.name, run.iterations, run.data, run.batch_size, run.note) == ("step2", 77, data, 2, note)
     for (images, strength, _, result), (_, (x_t, *_)) in zip(jittered, batches, strict=True):
         assert images is x_t and strength == 0.6 and (result - x_t).abs().mean() > 0.05
     check_step(run, models, train_by_hand(models[1], cfg, 0.05, batches, losses))
@@ -577,10 +633,138 @@ def test_a_step_minimises_the_three_losses(triplet_target, negatives, monkeypatc
 
     seeds = [seeds for *_, seeds, _ in jittered]
     for seed, i in ((3, 2), (4, 2), (3, 1)):                                     # the same again; others
-        c2f.train_step(FakeRun(batches, seed), cfg, i, models[0], centers, thresholds, *data)
+        c2f.train_step(FakeRun(batches, seed), cfg, i, models[0], centers, *data)
         again = [seeds for *_, seeds, _ in jittered[-2:]]
         assert again == seeds or (seed, i) != (3, 2)
         assert len({*sum(seeds, []), *sum(again, [])}) == (4 if (seed, i) == (3, 2) else 8)
+
+
+# ------------------------------------------------------------------------------------ what a step is handed
+
+
+STAGES = ("train_step0", "prepare_step", "train_step")
+SMALL = ("--backbone resnet18 --init none --workers 0 --freeze-bn encoder --source-size 80x40 --target-size 48x24 --crop 40x20 "
+         "--scale 1.0 1.25 --jitter 0.3 --lr 0.004 --step-lr 0.001 --encoder-rate 0.5 --momentum 0.8 --weight-decay 0.02 "
+         "--batch-size 1 --K 2 --step0-iterations 2 --step-iterations 3")
+FROZEN, TRAINED = (False, False), (True, True)                                  # (in training mode, has a gradient)
+
+
+@pytest.fixture
+def uneven(city, tmp_path):
+    """The tiny city with 5 source, 8 target and 3 validation images."""
+    root = shutil.copytree(city, tmp_path / "city")
+    for pair in find_pairs(root, "gta5")[5:]:
+        pair.image.unlink()
+        pair.label.unlink()
+    return root
+
+
+def described(value):
+    """What matters of what a stage is handed."""
+    if isinstance(value, c2f.Subset):
+        return described(value.dataset)
+    if isinstance(value, c2f.SegmentationDataset):
+        split = {split for pair in value.pairs for split in ("train", "val") if split in pair.image.parts}
+        references = {str(path) for path in value.transform.references} if value.transform else None
+        return {"domain": value.dataset, "split": split, "images": len(value), "size": value.size, "augment": value.augment,
+                "labelled": all(pair.label for pair in value.pairs), "aligned to": references, "maps": len(value.maps)}
+    if isinstance(value, nn.Module):
+        norms = {(m.training, m.weight.requires_grad) for m in value.modules() if isinstance(m, nn.BatchNorm2d)}
+        return {"weights": {key: x.clone() for key, x in value.state_dict().items()}, "norms": norms}
+    return value
+
+
+class Wiring:
+    """Runs c2f.main with its stages, optimizers, data sets and networks watched; `log` holds what they were handed."""
+
+    def __init__(self, monkeypatch):
+        self.log, self.patch = [], monkeypatch
+        for name in STAGES:
+            self.watch(c2f, name, lambda given: {k: described(v) for k, v in given.items()})
+        self.watch(c2f, "sgd", lambda given: None)
+        self.watch(c2f.SegmentationDataset, "__getitem__", lambda given: (described(given["self"]), given["key"]))
+        self.watch(DeepLab, "forward", lambda given: None if given["self"].training else given["x"])
+
+    def watch(self, owner, name, record):
+        function = getattr(owner, name)
+
+        def watched(*args, **kwargs):
+            given = inspect.signature(function).bind(*args, **kwargs).arguments
+            self.log.append((name, record(given)))
+            result = function(*args, **kwargs)
+            if name in STAGES:
+                self.log.append((f"end of {name}", {k: described(v) for k, v in given.items()}))
+            elif name == "sgd":
+                self.log[-1] = name, [dict(group) for group in result.param_groups]
+            return result
+        self.patch.setattr(owner, name, watched)
+
+    def run(self, *argv):
+        """Returns: (stage, its i) -> (handed, the same at its end, what the evaluation after it saw, rates)."""
+        self.log.clear()
+        c2f.main([*SMALL.split(), *argv])
+        stages, handed = {None: [None, {}, [], None]}, None
+        for name, what in self.log:
+            if name in STAGES:
+                stages[handed := (name, what.get("i", 0))] = [what, None, [], None]
+            elif name.startswith("end of"):
+                stages[handed][1] = what
+            elif name == "sgd":
+                stages[handed][3] = sorted({group["lr"] for group in what})
+                assert {(group["momentum"], group["weight_decay"]) for group in what} == {(0.8, 0.02)}
+            elif stages[handed][1] is not None:                                 # after a stage: its evaluation
+                stages[handed][2].append(what)
+        return stages
+
+
+def same(a, b):
+    return all(torch.equal(a["weights"][key], b["weights"][key]) for key in a["weights"])
+
+
+def test_each_step_is_handed_what_it_should_be(uneven, tmp_path, monkeypatch):
+    wiring, where = Wiring(monkeypatch), ["--data", str(uneven), "--runs", str(tmp_path)]
+    references = {str(pair.image) for pair in find_pairs(uneven, "cityscapes", labels=False)}
+    moved = c2f.Augment(scale=(1.0, 1.25), crop=c2f.Size(40, 20))
+    jittered = c2f.replace(moved, jitter=0.3)
+    of_source = {"domain": "gta5", "split": set(), "images": 5, "size": c2f.Size(80, 40), "augment": jittered, "labelled": True,
+                 "aligned to": references, "maps": 0}
+    of_target = {"domain": "cityscapes", "split": {"train"}, "images": 8, "size": c2f.Size(48, 24), "augment": moved,
+                 "labelled": False, "aligned to": None, "maps": 0}
+    tested = {**of_target, "split": {"val"}, "images": 3, "augment": c2f.Augment(), "labelled": True}
+
+    def check_evaluation(looked):
+        items = [x for x in looked if isinstance(x, tuple)]
+        assert items and all(item == tested and isinstance(key, int) for item, key in items)
+        assert {tuple(x.shape[-2:]) for x in looked if isinstance(x, torch.Tensor)} == {(24, 48)}
+
+    stages = wiring.run(*where)
+    assert [*stages] == [None, ("train_step0", 0), *((name, i) for i in (1, 2) for name in ("prepare_step", "train_step"))]
+    given, before, looked, rates = stages["train_step0", 0]
+    assert given["source"] == of_source and given["iterations"] == 2 and rates == pytest.approx([0.002, 0.004])
+    assert given["model"]["norms"] == {FROZEN, TRAINED} and not same(given["model"], before["model"])
+    check_evaluation(looked)
+    for i in (1, 2):
+        given, end, *_ = stages["prepare_step", i]
+        assert given["aligned"] == {**of_source, "augment": c2f.Augment()} and given["target"] == of_target
+        assert same(given["model"], before["model"])                            # T_{i-1} labels,
+        given, end, looked, rates = stages["train_step", i]
+        assert given["source"] == of_source and given["target"] == {**of_target, "maps": 1}
+        assert same(given["model"], before["model"]) and not same(given["model"], end["model"])   # and becomes T_i
+        assert given["model"]["norms"] == {FROZEN} and rates == pytest.approx([0.0005, 0.001])
+        check_evaluation(looked)
+        before = end
+
+    begun = str(tmp_path / "c2f-gta5/step0.pt")
+    again = wiring.run(*where, "--from", begun, "--stage", "step1", "--adapt-freeze-bn", "none", "--alignment", "none",
+                       "--tag", "unaligned")
+    given, *_ = again["train_step", 1]
+    assert all(same(again[stage, 1][0]["model"], stages["train_step0", 0][1]["model"]) for stage in STAGES[1:])
+    assert given["source"] == {**of_source, "aligned to": None} and given["model"]["norms"] == {TRAINED}
+    check_evaluation(wiring.run(*where, "--eval")[None][2])
+
+    given, _, looked, _ = wiring.run(*where, "--target-labels", "--stage", "step0", "--tag", "bound")["train_step0", 0]
+    assert given["source"] == {**of_target, "augment": jittered, "labelled": True} and given["iterations"] == 2 + 2 * 3
+    check_evaluation(looked)
 
 
 # ------------------------------------------------------------------------------------------- on files
@@ -590,10 +774,10 @@ def test_a_step_starts_with_the_model_before_it(city, tmp_path, monkeypatch):
     """Weights, centres, thresholds and labels of a step come from the model of the step before, over the aligned source."""
     started = {}
 
-    def train_step(run, cfg, i, model, centers, thresholds, source, target, _train=c2f.train_step):
+    def train_step(run, cfg, i, model, centers, source, target, note, _train=c2f.train_step):
         begin = {key: value.clone() for key, value in model.state_dict().items()}
-        started[i] = begin, model.training, model.frozen_bn, centers, thresholds, source, target
-        _train(run, cfg, i, model, centers, thresholds, source, target)
+        started[i] = begin, model.training, model.frozen_bn, centers, source, target, note
+        _train(run, cfg, i, model, centers, source, target, note)
     monkeypatch.setattr(c2f, "train_step", train_step)
     small = ("--backbone resnet18 --init none --source-size 64x32 --target-size 48x24 --crop 48x24 --workers 0 --batch-size 1 "
              "--step0-iterations 2 --step-iterations 2 --K 2 --log-every 1 --device cpu --adapt-freeze-bn encoder "
@@ -607,7 +791,7 @@ def test_a_step_starts_with_the_model_before_it(city, tmp_path, monkeypatch):
         moved = {key.split(".")[0] for key in before if "running" in key and not torch.equal(before[key], after[key])}
         assert moved == {"aspp", "low", "decoder"}
 
-    classes, targets = c2f.class_list("gta5"), find_pairs(city, "cityscapes", labels=False)
+    classes, targets = class_list("gta5"), find_pairs(city, "cityscapes", labels=False)
     resized = [v2.functional.resize(read_image(pair.image), [24, 48], antialias=True) / 255 for pair in targets]
     source, images = c2f.SegmentationDataset(find_pairs(city, "gta5"), "gta5", classes, None), []
     for k, pair in enumerate(source.pairs):
@@ -615,11 +799,11 @@ def test_a_step_starts_with_the_model_before_it(city, tmp_path, monkeypatch):
         reference = resized[c2f.derive_seed(seed, "reference") % len(resized)]
         images.append((c2f.photometric_align(read_image(pair.image) / 255, reference, 0.002) - MEAN) / STD)
 
-    capped, written = [], []
+    capped, written, log = [], [], read_log(folder)
     for i in (1, 2):
-        begin, training, frozen, centers, thresholds, of_source, of_target = started[i]
+        begin, training, frozen, centers, of_source, of_target, note = started[i]
         assert training and frozen == "encoder" and all(torch.equal(begin[key], trained[i - 1][key]) for key in begin)
-        assert isinstance(of_source.alter, c2f.Alignment) and of_target.alter is None
+        assert isinstance(of_source.transform, c2f.Alignment) and of_target.transform is None
         assert (of_source.augment.jitter, of_target.augment.jitter) == (0.5, 0)
         model.load_state_dict(trained[i - 1])
         total, count = 0, 0
@@ -630,22 +814,33 @@ def test_a_step_starts_with_the_model_before_it(city, tmp_path, monkeypatch):
             total, count = total + part[0], count + part[1]
         torch.testing.assert_close(centers, c2f.category_centers(total, count).float(), rtol=1e-4, atol=1e-5, equal_nan=True)
 
-        histogram, pngs = torch.zeros(19, c2f.BINS, dtype=torch.int64), []
+        predicted, confidences, pngs = [], [], []
         for k, (pair, image) in enumerate(zip(targets, resized)):
             with torch.no_grad():
                 logits = model(((image - MEAN) / STD)[None])[1]
             p = nn.functional.interpolate(logits, (24, 48), mode="bilinear", align_corners=True).softmax(dim=1)[0]
-            label, bins = (torch.from_numpy(np.array(Image.open(folder / f"step{i}/{kind}/{pair.name}.png"))).long()
-                           for kind in ("labels", "confidences"))
-            assert torch.equal(label, p.argmax(dim=0)) and ((p.amax(dim=0) * c2f.BINS).long() - bins).abs().max() <= 1
-            _, ground_truth, _, *maps = of_target[k]
-            assert (ground_truth == IGNORE).all() and torch.equal(maps[0], label) and torch.equal(maps[1], bins)
-            histogram += (label * c2f.BINS + bins).flatten().bincount(minlength=19 * c2f.BINS).view(19, -1)
-            pngs += maps
-        written.append(torch.stack(pngs))
-        torch.testing.assert_close(thresholds, c2f.category_thresholds(histogram, 0.15, 45).float())
-        capped += (thresholds[histogram.sum(dim=1) > 0] == torch.tensor(0.15)).tolist()
-        kept = torch.load(folder / f"step{i}/state.pt", weights_only=True)
-        assert torch.equal(kept["thresholds"], thresholds) and torch.equal(kept["centers"].nan_to_num(), centers.nan_to_num())
+            _, ground_truth, _, label = of_target[k]
+            assert (ground_truth == IGNORE).all()
+            assert (label.numpy() == np.array(Image.open(folder / f"step{i}/labels/{pair.name}.png"))).all()
+            for values, value in ((predicted, p.argmax(dim=0)), (confidences, p.amax(dim=0)), (pngs, label)):
+                values.append(value)
+        predicted, confidences, pngs = map(torch.stack, (predicted, confidences, pngs))
+        record, = (line for line in log if line["stage"] == f"step{i}" and line["iteration"] == 0)
+        assert list(note["thresholds"]) == list(classes.names) and note.items() <= record.items()
+        assert note["without_center"] == [name for name, center in zip(classes.names, centers) if center.isnan().any()]
+        for c, (name, t) in enumerate(note["thresholds"].items()):
+            own, valid = confidences[predicted == c], pngs[predicted == c] == c
+            if not len(own):                                                     # never predicted
+                assert t == 0.15 and name not in note["valid_percent"]
+                continue
+            assert (own > t - 1e-5).float().mean() >= 0.45                       # at or above t_c, an edge of a bin
+            assert t == 0.15 or (t * c2f.BINS) % 1 == pytest.approx(0, abs=1e-9) and t < 0.15
+            assert t == 0.15 or (own > t + 1 / c2f.BINS + 1e-5).float().mean() < 0.45
+            first = math.ceil(t * c2f.BINS - 1e-6) / c2f.BINS                    # 0.15 counts as the next edge above it
+            assert valid[own > first + 1e-5].all() and not valid[own < first - 1e-5].any()
+            assert note["valid_percent"][name] == pytest.approx(100 * valid.float().mean().item(), abs=0.006)
+            capped.append(t == 0.15)
+        assert ((pngs == predicted) | (pngs == IGNORE)).all() and 0.1 < (pngs == IGNORE).float().mean() < 0.9
+        written.append(pngs)
         assert (folder / f"step{i}.png").exists()
-    assert len(set(capped)) == 2 and not torch.equal(*written) and not torch.equal(started[1][4], started[2][4])
+    assert len(set(capped)) == 2 and not torch.equal(*written) and not torch.equal(started[1][3], started[2][3])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,18 +17,18 @@ import torch
 from starts import children
 from torch import nn
 
-import common.run
-from common.cli import UserError, option, write_atomically
-from common.data import SegmentationDataset, class_list, find_pairs
-from common.run import Options, Run, load_state, poly_rate, read_checkpoint
+from common.cli import Size, option
+from common.data import Augment, SegmentationDataset, class_list, find_pairs
+from common.files import UserError, load, write_atomically
+from common.run import Options, Run
 
 STAGES = ("first", "second")
 
 
 @dataclass
 class Config:
-    source: str = option("gta5", "source")
-    target: str = option("cityscapes", "target")
+    """the method"""
+
     rate: float = option(0.1, "rate")
 
 
@@ -37,6 +38,7 @@ class Tiny(nn.Module):
     def __init__(self):
         super().__init__()
         self.layers = nn.Sequential(nn.Conv2d(3, 19, 1), nn.BatchNorm2d(19), nn.Dropout(0.5))
+        self.register_buffer("total", torch.zeros(()))           # a tensor that lives across iterations
 
     def forward(self, x):
         return x, self.layers(x)
@@ -44,17 +46,17 @@ class Tiny(nn.Module):
 
 @pytest.fixture
 def make(tmp_path, city):
-    """make(**options) -> (run, state, dataset): a run in tmp_path with a model, its optimizer and a tensor as state."""
+    """make(**options) -> (run, state, dataset): a run in tmp_path with a model and its optimizer as state."""
     classes = class_list("gta5")
     dataset = SegmentationDataset(find_pairs(city, "gta5"), "gta5", classes, None)
 
     def build(rate: float = 0.1, tag: str = "a", **options):
-        options = {"runs": str(tmp_path), "workers": 0, "log_every": 3, "save_every": 4, **options}
+        options = {"data": str(city), "runs": str(tmp_path), "workers": 0, "log_every": 3, "save_every": 4, **options}
         run = Run("x", Config(rate=rate), Options(tag=tag, **options), STAGES)
         run.seed("model")
         model = Tiny()
         optimizer = torch.optim.SGD(model.parameters(), lr=rate, momentum=0.9)
-        return run, {"model": model, "optimizer": optimizer, "total": torch.zeros(())}, dataset
+        return run, {"model": model, "optimizer": optimizer}, dataset
     return build
 
 
@@ -66,24 +68,18 @@ def train(run: Run, state: dict, dataset, stage: str = "first", iterations: int 
         state["optimizer"].zero_grad()
         loss.backward()
         state["optimizer"].step()
-        state["total"] += loss.detach()
+        state["model"].total += loss.detach()
         run.report(seg=loss if at is None else at(it, loss))
         done.append(it)
     return done
 
 
 def tensors(state: dict) -> list[torch.Tensor]:
-    return [*state["model"].state_dict().values(), state["total"], torch.get_rng_state(),
-            *(s["momentum_buffer"] for s in state["optimizer"].state.values())]
+    return [*state["model"].state_dict().values(), *(s["momentum_buffer"] for s in state["optimizer"].state.values())]
 
 
 def log_lines(run: Run) -> list[dict]:
     return [json.loads(line) for line in (run.folder / "log.jsonl").read_text().splitlines()]
-
-
-def test_poly_rate():
-    assert poly_rate(2.0, 0, 10) == 2.0 and poly_rate(2.0, 5, 10) == pytest.approx(2 * 0.5 ** 0.9)
-    assert 0 < poly_rate(2.0, 9, 10) < 2.0
 
 
 @pytest.mark.parametrize("stop", [0, 3, 4, 8])
@@ -146,7 +142,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(make, value):
     run, state, dataset = make()
     with pytest.raises(UserError, match=f"loss 'seg' became {value} at iteration 6 of stage 'first'"):
         train(run, state, dataset, at=lambda it, loss: loss * value if it == 5 else loss)
-    assert read_checkpoint(run.folder / "last.pt")["iteration"] == 4
+    assert load(run.folder / "last.pt")["iteration"] == 4
     assert not (run.folder / "first.pt").exists()
 
 
@@ -167,34 +163,163 @@ def test_another_config_is_refused_by_name(make):
         make(seed=3)
 
 
-def test_stage_and_from_decide_what_runs(make, tmp_path):
+def test_stage_and_from_decide_what_is_pending(make, tmp_path):
     with pytest.raises(UserError, match="--stage third is unknown; the stages are first, second"):
         make(stage="third")
     with pytest.raises(UserError, match="--stage second needs .*first.pt"):
         make(stage="second")
     run, state, dataset = make(stage="first")
-    assert run.trains("first") and not run.trains("second")
+    assert run.pending("first") and not run.pending("second")
     train(run, state, dataset)
-    assert train(run, state, dataset, "second") == []
     run, other, dataset = make(tag="b", from_=str(run.folder / "first.pt"))
-    assert not run.trains("first") and run.trains("second")
-    run.start_from(other["model"])
-    assert torch.equal(other["model"].layers[0].weight, state["model"].layers[0].weight)
+    assert not run.pending("first") and run.pending("second")
     finished = torch.load(tmp_path / "x-gta5-a/first.pt", weights_only=True)
     for foreign, words in (({"stage": "zeroth"}, "'zeroth' of x.py"), ({"method": "y"}, "'first' of y.py")):
         torch.save({**finished, **foreign}, tmp_path / "foreign.pt")
-        with pytest.raises(UserError, match=f"the stage {words}, which this run does not have .first, second.; --stage"):
+        with pytest.raises(UserError, match=f"finished {words}, and no stage of this run follows: add --stage first or second"):
             make(tag="c", from_=str(tmp_path / "foreign.pt"))
-        assert make(tag="c", from_=str(tmp_path / "foreign.pt"), stage="second")[0].selected == ("second",)
-    with pytest.raises(UserError, match="there is no checkpoint nowhere.pt"):
+        assert make(tag="c", from_=str(tmp_path / "foreign.pt"), stage="second")[0].pending("second")
+    with pytest.raises(UserError, match="there is no --from file nowhere.pt"):
         make(tag="c", from_="nowhere.pt")
     train(run, other, dataset, "second")
-    with pytest.raises(UserError, match="no stage follows --from .*second.pt"):
+    with pytest.raises(UserError, match="--from .*second.pt finished 'second' of x.py, and no stage of this run follows"):
         make(tag="c", from_=str(run.folder / "second.pt"))
     with pytest.raises(AttributeError):
         train(*make(tag="d"), at=lambda it, loss: None if it == 5 else loss)     # fails after the checkpoint of iteration 4
-    with pytest.raises(UserError, match="last.pt is from inside the stage 'first'"):
+    with pytest.raises(UserError, match="last.pt is from inside the stage 'first'; start that run again"):
         make(tag="c", from_=str(tmp_path / "x-gta5-d/last.pt"))
+
+
+def test_a_published_network_has_finished_the_first_stage_of_a_run_that_has_no_other(tmp_path, city):
+    head = {f"layer{layer}.conv2d_list.{k}.weight": torch.zeros(1) for layer in (5, 6) for k in range(4)}
+    torch.save(head, tmp_path / "x.pth")
+    options = Options(data=str(city), runs=str(tmp_path), from_=str(tmp_path / "x.pth"))
+    with pytest.raises(UserError, match="x.pth finished 'only' of x.py, and no stage of this run follows: add --stage only"):
+        Run("x", Config(), options, ("only",))
+
+
+@pytest.mark.parametrize("options, words", [
+    ({"source": "cityscapes"}, "--source and --target are both cityscapes; add --target crosscity --city Rome"),
+    ({"crop": Size(65, 32)}, "--crop 65x32 is larger than the images .64x32.; choose a smaller crop"),
+    ({"export": "x.json"}, "--export x.json is the name of the JSON file beside the weights"),
+    ({"target_labels": True}, "--target-labels trains an upper bound, nothing is adapted from it: add --stage first"),
+    ({"target_labels": True, "stage": "second"}, "add --stage first"),
+    ({"target": "crosscity", "target_labels": True, "stage": "first"}, "Cross-City's training images have no labels"),
+    ({"device": "cuda"}, "--device cuda is not available"),
+])
+def test_settings_that_make_no_sense_are_refused_before_anything_is_written(tmp_path, city, options, words):
+    if options.get("device") == "cuda" and torch.cuda.is_available():
+        pytest.skip("there is one")
+    sizes = {"gta5": Size(64, 32), "cityscapes": Size(64, 32)}
+    with pytest.raises(UserError, match=words):
+        Run("x", Config(), Options(data=str(city), runs=str(tmp_path / "runs"), **options), STAGES, sizes)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_the_crop_may_be_as_large_as_the_images_after_the_random_resize(tmp_path, city):
+    sizes = {"gta5": Size(64, 32), "cityscapes": Size(64, 32)}
+    options = Options(data=str(city), runs=str(tmp_path), crop=Size(96, 48))
+    Run("x", Config(), options, STAGES, sizes, largest_scale=1.5)
+    with pytest.raises(UserError, match="--crop 96x48 is larger than the images .64x32, at most 95x47 after --scale"):
+        Run("x", Config(), options, STAGES, sizes, largest_scale=1.48)
+    Run("x", Config(), Options(data=str(city), runs=str(tmp_path), tag="own", crop=Size(9999, 1)), STAGES)    # sizes unknown
+
+
+def test_a_networks_weights_are_those_of_the_last_finished_stage_of_from_or_of_init(tmp_path, city, capsys):
+    how = {"data": str(city), "runs": str(tmp_path), "workers": 0, "init": "none", "backbone": "resnet18"}
+
+    def start(tag="a", **options):
+        return Run("x", Config(), Options(tag=tag, **{**how, **options}), STAGES)
+
+    def finish(run, stage, value):
+        model = run.network("v2")
+        with torch.no_grad():
+            model.head.branches[0].bias.fill_(value)
+        assert list(run.stage(stage, 0, {"model": model}, batch_size=1)) == []
+
+    def bias(run, **options):
+        return run.network("v2", **options).head.branches[0].bias[0].item()
+
+    run = start()
+    assert bias(run) == 0 and run.latest == "none" and run.network("v2").frozen_bn == "none"
+    with pytest.raises(UserError, match="--init none is no trained network with its head, and no stage of .*a is finished"):
+        bias(start(eval=True))
+    finish(run, "first", 1.0)
+    assert bias(run) == 1 and run.latest == "first" and bias(run, fresh=True) == 0
+    finish(run, "second", 2.0)
+    assert bias(run) == 2 and bias(start(eval=True, stage="first")) == 1
+    del run
+    assert bias(start(stage="second")) == 1                      # starts after the first, whatever came later
+    first = str(tmp_path / "x-gta5-a/first.pt")
+    run = start("b", from_=first, freeze_bn="all")
+    assert bias(run) == 1 and run.latest == "first" and run.network("v2").frozen_bn == "all"
+    finish(run, "second", 3.0)
+    assert bias(run) == 3
+    assert bias(start("b", from_=first, freeze_bn="all", eval=True)) == 1            # --eval evaluates what --from holds
+    assert bias(start("c", init=first, eval=True)) == 1 and "keys matched, 0 missing" in capsys.readouterr().out
+    with pytest.raises(UserError, match="the checkpoint's 'model' does not fit this run's: .*; check --backbone"):
+        start("d", from_=first, backbone="resnet50").network("v2")
+
+
+def test_images_have_the_sizes_of_flags_or_script_and_translated_sources(tmp_path, city):
+    options = Options(data=str(city), runs=str(tmp_path), target_size=Size(32, 16), source_images=str(city / "synthia/RGB"))
+    run = Run("x", Config(), options, STAGES, {"gta5": Size(48, 24), "cityscapes": Size(48, 24)})
+    with pytest.raises(UserError, match="has no counterpart"):   # SYNTHIA's names differ
+        run.images("gta5", "train")
+    target = run.images("cityscapes", "val")
+    assert target[0][0].shape == (3, 16, 32) and target[0][1].shape == (32, 64) and len(target) == 3
+    assert run.images("cityscapes", "val", size=Size(40, 20))[0][0].shape == (3, 20, 40)
+    options.source_images = None
+    source = run.images("gta5", "train", augment=Augment(crop=Size(20, 10)), transform=lambda image, seed, name: 0 * image)
+    image, label, _ = source[0, 1]
+    assert image.shape == (3, 10, 20) and label.shape == (10, 20) and len(image.unique()) == 3    # black, in three channels
+    assert run.images("cityscapes", "train", labels=False)[0][1].unique().tolist() == [255]
+
+
+def test_what_a_stage_computes_before_it_trains_is_computed_once(make):
+    calls = []
+
+    def compute():
+        calls.append(1)
+        return {"anchors": torch.arange(3.0), "count": 7, "names": ["a", "b"]}
+
+    run, state, dataset = make()
+    one = run.once("first", "anchors", compute)
+    assert one["anchors"].tolist() == [0, 1, 2] and one["count"] == 7 and one["names"] == ["a", "b"]
+    with pytest.raises(AttributeError):
+        train(run, state, dataset, at=lambda it, loss: None if it == 5 else loss)
+    run, state, dataset = make()
+    assert run.once("first", "anchors", compute)["anchors"].tolist() == [0, 1, 2] and len(calls) == 1
+    train(run, state, dataset)
+    assert make()[0].once("first", "anchors", compute)["count"] == 7 and len(calls) == 1
+    path = run.folder / "first-anchors.pt"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-50])
+    with pytest.raises(UserError, match="first-anchors.pt is damaged .*; delete it, and last.pt if there is one, to compute"):
+        run.once("first", "anchors", compute)
+    path.unlink()                                                # what was trained came from another
+    with pytest.raises(UserError, match="has no first-anchors.pt, but what came after it .first.pt."):
+        run.once("first", "anchors", compute)
+    assert len(calls) == 1
+
+
+def test_a_stage_is_pending_until_it_is_evaluated_and_says_when_it_is_finished(make, capsys):
+    run, state, dataset = make()
+    test = run.images("cityscapes", "val")
+    train(run, state, dataset)
+    assert run.pending("first")                                  # its results are missing
+    run.evaluate("first", state["model"], test, {"single-scale": {}, "flip": {"flip": True}})
+    assert not run.pending("first") and run.pending("second")
+    train(run, state, dataset, "second")
+    run.evaluate("second", state["model"], test, {"single-scale": {}})
+    capsys.readouterr()
+    del run
+    run, *_ = make()
+    assert not run.pending("first") and not run.pending("second")
+    text = capsys.readouterr().out
+    assert "first: finished before, see" in text and "second: finished before, see" in text
+    assert text.count("IoU in percent") == 1 and "first  first, flip  second" in text
+    assert not make(eval=True)[0].pending("first")               # --eval trains nothing
 
 
 def test_a_checkpoint_of_another_script_in_the_folder_is_refused(make):
@@ -203,10 +328,10 @@ def test_a_checkpoint_of_another_script_in_the_folder_is_refused(make):
     train(run, state, dataset)
     path = run.folder / "first.pt"
     torch.save({**torch.load(path, weights_only=True), "method": "y"}, path)
-    with pytest.raises(UserError, match="first.pt does not fit: it is of y.py"):
+    with pytest.raises(UserError, match="first.pt does not fit: it is not of x.py"):
         train(*make())
     path.rename(run.folder / "last.pt")
-    with pytest.raises(UserError, match="last.pt does not fit: it is of y.py"):
+    with pytest.raises(UserError, match="last.pt does not fit: it is not of x.py"):
         train(*make())
 
 
@@ -217,26 +342,32 @@ def test_a_stage_does_not_start_anew_under_what_came_after_it(make):
     (run.folder / "first.pt").unlink()
     with pytest.raises(UserError, match="has no first.pt, but what came after it .second.pt."):
         train(*make())
-    with pytest.raises(UserError, match="has no first.pt, but what came after it .second.pt."):
-        make()[0].prepare("first")
+    with pytest.raises(UserError, match="has no first-anchors.pt, but what came after it .second.pt."):
+        make()[0].once("first", "anchors", dict)
+    (run.folder / "second.pt").unlink()
+    for left in ("second-labels.pt", "results.json"):
+        (run.folder / left).write_text('{"second": {}}')
+        with pytest.raises(UserError, match=f"has no first.pt, but what came after it .({left}|'second' in {left})."):
+            train(*make())
+        (run.folder / left).unlink()
+    assert train(*make()) == list(range(10))
 
 
-def test_what_a_script_logs_before_a_stage_is_there_once(make):
+def test_a_note_of_the_preparation_is_there_once(make):
     def start(die: bool):
         run, state, dataset = make()
-        if not run.begun("first"):
-            run.prepare("first")
-            run.log(stage="first", iteration=0, note="prepared")
-        if die:
-            with pytest.raises(AttributeError):
-                train(run, state, dataset, at=lambda it, loss: None if it == 2 else loss)
-        else:
-            train(run, state, dataset)
+        for it, (x, _) in run.stage("first", 10, state, dataset, batch_size=2, note={"margin": 0.5}):
+            run.report(seg=state["model"](x)[1].mean())
+            if die and it in (2, 6):
+                raise KeyboardInterrupt
         return log_lines(run)
 
-    start(die=True)                                              # killed before the first checkpoint of the stage
+    for _ in range(2):                                           # killed before the first checkpoint of the stage, and after it
+        with pytest.raises(KeyboardInterrupt):
+            start(die=True)
     lines = start(die=False)
-    assert [line["iteration"] for line in lines] == [0, 3, 4, 6, 8, 9, 10] and lines[0]["note"] == "prepared"
+    assert [line["iteration"] for line in lines] == [0, 3, 4, 6, 8, 9, 10] and lines[0] == {
+        "stage": "first", "iteration": 0, "margin": 0.5}
 
 
 def test_weights_that_are_not_finite_are_not_saved(make):
@@ -251,7 +382,7 @@ def test_weights_that_are_not_finite_are_not_saved(make):
 
     with pytest.raises(UserError, match="'model' holds values that are not finite|loss 'seg' became nan"):
         train(run, state, dataset, at=poison)
-    assert read_checkpoint(run.folder / "last.pt")["state"]["model"]["layers.0.weight"].isfinite().all()
+    assert load(run.folder / "last.pt")["state"]["model"]["layers.0.weight"].isfinite().all()
 
 
 def test_sigterm_to_all_processes_stops_cleanly(city, tmp_path):
@@ -267,89 +398,145 @@ def test_sigterm_to_all_processes_stops_cleanly(city, tmp_path):
     os.killpg(process.pid, signal.SIGTERM)
     rest, _ = process.communicate(timeout=60)
     assert process.returncode == 0 and "resume with: " in rest, "".join(printed) + rest
-    assert read_checkpoint(tmp_path / "fada-gta5/last.pt")["iteration"] >= 3
+    assert load(tmp_path / "fada-gta5/last.pt")["iteration"] >= 3
 
 
-def test_checkpoints_of_others_are_refused(tmp_path):
+def test_checkpoints_of_others_are_refused(make, tmp_path):
     class Crafted:
         def __reduce__(self):
             return os.mkdir, (str(tmp_path / "code ran"),)
 
-    torch.save({"stage": "first", "state": {"x": Crafted()}}, tmp_path / "crafted.pt")
-    torch.save({"weight": torch.ones(1)}, tmp_path / "foreign.pt")
-    good = {"stage": "first", "state": {"x": torch.ones(100)}}
-    write_atomically(tmp_path / "good.pt", lambda file: torch.save(good, file))
+    run, state, dataset = make()
+    crafted, foreign = tmp_path / "crafted.pt", tmp_path / "foreign.pt"
+    torch.save({"method": "x", "stage": "first", "state": {"x": Crafted()}}, crafted)
+    torch.save({"weight": torch.ones(1)}, foreign)
+    write_atomically(tmp_path / "good.pt", lambda file: torch.save({"state": {"x": torch.ones(100)}}, file))
     (tmp_path / "cut.pt").write_bytes((tmp_path / "good.pt").read_bytes()[:300])
-    for name, words in (("crafted", "damaged or not a checkpoint"), ("cut", "damaged"), ("foreign", "not a checkpoint of")):
-        with pytest.raises(UserError, match=f"{name}.pt is {words}"):
-            read_checkpoint(tmp_path / f"{name}.pt")
+    for path, words in ((crafted, "damaged or not a checkpoint"), (tmp_path / "cut.pt", "damaged or not a checkpoint"),
+                        (foreign, "does not fit")):
+        for name in ("first.pt", "last.pt"):
+            (run.folder / name).write_bytes(path.read_bytes())
+            with pytest.raises(UserError, match=rf"{name}.* {words}"):
+                train(run, state, dataset)
+            (run.folder / name).unlink()
     assert not (tmp_path / "code ran").exists()
 
 
-def test_state_must_fit():
-    model = nn.Linear(2, 2)
-    with pytest.raises(UserError, match="'model' does not fit"):
-        load_state({"model": nn.Linear(2, 3).state_dict()}, {"model": model})
-    with pytest.raises(UserError, match="holds teacher where model are needed"):
-        load_state({"teacher": model.state_dict()}, {"model": model})
-
-
-def test_evaluation_is_kept_and_done_once(make, city, capsys):
+def test_state_must_fit(make):
     run, state, dataset = make()
-    classes = class_list("gta5")
-    test = SegmentationDataset(find_pairs(city, "cityscapes", "val"), "cityscapes", classes, None)
-    run.evaluate("first", state["model"], test, classes, {"single-scale": {}})
-    assert run.results() == {}                                   # the stage is not finished
     train(run, state, dataset)
-    run.evaluate("first", state["model"], test, classes, {"single-scale": {}})
-    result = run.results()["first"]["single-scale"]
-    assert 0 <= result["mIoU"] <= 1 and sum(map(sum, result["matrix"])) > 0 and (run.folder / "first.png").exists()
-    assert "road" in capsys.readouterr().out
-    run.evaluate("first", None, test, classes, {"single-scale": {}})     # would fail if it ran
+    wider = Tiny()
+    wider.layers[0] = nn.Conv2d(3, 20, 1)
+    for other, words in (({"model": wider}, "'model' does not fit this run's: size mismatch.*; check --backbone"),
+                         ({"teacher": Tiny()}, "holds model where model, optimizer, teacher are needed")):
+        with pytest.raises(UserError, match=f"the checkpoint.* {words}"):
+            train(run, {**state, **other}, dataset)
+    del state["model"]
+    with pytest.raises(UserError, match="the checkpoint holds model where optimizer are needed"):
+        train(run, state, dataset)
+
+
+def test_an_evaluation_writes_results_picture_log_and_export(make, tmp_path, capsys):
+    run, state, dataset = make()
+    test = run.images("cityscapes", "val")
+    train(run, state, dataset)
+    tests = {"single-scale": {}, "flip": {"flip": True}}
+    run.evaluate("first", state["model"], test, tests)
+    results = run.results()["first"]
+    for name, how in tests.items():
+        state["model"].eval()
+        expected = torch.zeros(19, 19, dtype=torch.int64)
+        for image, label, _ in test:
+            score = state["model"](image[None])[1].softmax(1)
+            if how:
+                score = score + state["model"](image[None].flip(-1))[1].flip(-1).softmax(1)
+            guess = score.argmax(1)[0]
+            for t, p in zip(label.flatten().tolist(), guess.flatten().tolist()):
+                if t != 255:
+                    expected[t, p] += 1
+        assert results[name]["matrix"] == expected.tolist() and 0 <= results[name]["mIoU"] <= 1
+    assert (run.folder / "first.png").exists() and "road" in capsys.readouterr().out
+    assert miou_lines(run) == [("first", 10, {"mIoU": round(100 * results["single-scale"]["mIoU"], 2),
+                                              "mIoU present": round(100 * results["single-scale"]["mIoU present"], 2)})]
+    before = (run.folder / "results.json").read_bytes()
+    del run
+    run, *_ = make(eval=True, seed=5)                            # --eval prints and writes nothing
+    run.evaluate("first", state["model"], test, {"single-scale": {}})
+    assert (run.folder / "results.json").read_bytes() == before and "mIoU" in capsys.readouterr().out
 
 
 def miou_lines(run) -> list[tuple]:
-    lines = map(json.loads, (run.folder / "log.jsonl").read_text().splitlines())
-    return [(line["stage"], line["iteration"], line["miou"]) for line in lines if "miou" in line]
+    return [(line["stage"], line["iteration"], line["miou"]) for line in log_lines(run) if "miou" in line]
 
 
 def watched(make, **options):
     """A run with its evaluation, also every five iterations; `evaluate` does it at the end."""
     run, state, dataset = make(eval_every=5, **options)
-    classes = class_list("gta5")
-    test = SegmentationDataset(find_pairs(dataset.pairs[0].image.parents[2], "cityscapes", "val"), "cityscapes", classes, None)
-    run.watch(state["model"], test, classes)
-    return run, state, dataset, lambda: run.evaluate("first", state["model"], test, classes, {"single-scale": {}})
+    test = run.images("cityscapes", "val")
+    run.watch(state["model"], test)
+    return run, state, dataset, lambda: run.evaluate("first", state["model"], test, {"single-scale": {}})
 
 
-def test_a_point_of_the_curve_is_not_lost(make, monkeypatch):
-    """By a stop in the iteration after which it is due, nor by a kill amid the evaluation; nor is it there twice."""
-    whole, state, dataset, evaluate = watched(make)
-    train(whole, state, dataset)
+class Interrupted(SegmentationDataset):
+    """Calls `act(k)` when the k-th evaluation item is read."""
+
+    def __getitem__(self, key):
+        if not isinstance(key, tuple):
+            self.act(self.count)
+            self.count += 1
+        return super().__getitem__(key)
+
+
+def interrupt(run, act):
+    model, test = run._watched
+    mine = Interrupted(test.pairs, test.dataset, test.classes, test.size)
+    mine.act, mine.count = act, 0
+    run.watch(model, mine)
+
+
+def test_a_point_of_the_curve_is_not_lost(make):
+    """By a stop in the iteration after which it is due, by a stop or a kill amid its evaluation; nor is it there twice."""
+    undisturbed, state, dataset, evaluate = watched(make)
+    train(undisturbed, state, dataset)
     evaluate()
-    run, state, dataset, _ = watched(make, tag="b")
 
-    def stop(it, loss):
-        run._asked_to_stop = it == 4
-        return loss
+    def signal_at(wanted):
+        return lambda k: os.kill(os.getpid(), signal.SIGTERM) if k == wanted else None
+
+    def kill_at(wanted):
+        def act(k):
+            if k == wanted:
+                raise KeyboardInterrupt
+        return act
+
+    run, state, dataset, _ = watched(make, tag="b")
     with pytest.raises(SystemExit):
-        train(run, state, dataset, at=stop)
-    assert miou_lines(run) == []
+        train(run, state, dataset, at=lambda it, loss: (signal_at(4)(it), loss)[1])
+    assert miou_lines(run) == [] and load(run.folder / "last.pt")["iteration"] == 5
+    for act, error in ((kill_at(1), KeyboardInterrupt), (signal_at(1), SystemExit)):
+        del run
+        run, state, dataset, _ = watched(make, tag="b")
+        interrupt(run, act)
+        with pytest.raises(error):
+            train(run, state, dataset)
+        assert miou_lines(run) == [] and load(run.folder / "last.pt")["iteration"] == 5
+    del run
     run, state, dataset, evaluate = watched(make, tag="b")
     train(run, state, dataset)
-    for place in ("common.run.viz.curves", "common.run.write_json"):
-        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-            patch.setattr(place, lambda *args, **how: (_ for _ in ()).throw(KeyboardInterrupt))
-            evaluate()
+    (run.folder / "curves.png").mkdir()                          # fails after the log has the last point
+    (run.folder / "results.json").mkdir()
+    with pytest.raises(UserError, match="curves.png|results.json"):
+        evaluate()
+    (run.folder / "curves.png").rmdir()
+    (run.folder / "results.json").rmdir()
     evaluate()
-    assert miou_lines(run) == miou_lines(whole) and [line[1] for line in miou_lines(run)] == [5, 10]
+    assert miou_lines(run) == miou_lines(undisturbed) and [line[1] for line in miou_lines(run)] == [5, 10]
 
 
 def test_what_a_kill_leaves_is_removed(make):
     run, state, dataset = make()
     train(run, state, dataset)
-    last = {**torch.load(run.folder / "first.pt", weights_only=True), "random": {}}
-    torch.save(last, run.folder / "last.pt")                     # killed between the stage's end and its removal
+    shutil.copy(run.folder / "first.pt", run.folder / "last.pt")     # killed between the stage's end and its removal
     (run.folder / "labels").mkdir()
     for name in (".last.pt.123.tmp", "labels/.a.png.123.tmp"):
         (run.folder / name).touch()
@@ -362,14 +549,25 @@ def test_what_a_kill_leaves_is_removed(make):
 def test_a_file_that_the_machine_cannot_read_is_not_called_damaged(make, monkeypatch):
     """It would be deleted, and with it days of work."""
     run, state, dataset = make()
+    run.once("first", "anchors", dict)
     train(run, state, dataset)
     for error in (OSError(errno.EIO, "Input/output error"), MemoryError(), RuntimeError("can't allocate memory: you tried")):
-        def fail(path, error=error):
+        def fail(*args, error=error, **how):
             raise error
-        monkeypatch.setattr(common.run.data, "load_tensors", fail)
-        for read in (lambda: read_checkpoint(run.folder / "first.pt"), lambda: run.read("first.pt")):
-            with pytest.raises(UserError, match="first.pt cannot be read now .*it may be whole"):
+        monkeypatch.setattr(torch, "load", fail)
+        for read, name in ((lambda: train(run, state, dataset), "first.pt"),
+                           (lambda: run.once("first", "anchors", dict), "first-anchors.pt")):
+            with pytest.raises(UserError, match=f"{name} cannot be read now .*it may be whole: keep it"):
                 read()
+
+
+def test_a_run_is_locked_while_it_lives(make):
+    run, *_ = make()
+    assert make(tag="b")[0].folder != run.folder
+    code = ("import sys; from pathlib import Path; from common.files import lock\n"
+            "try: lock(Path(sys.argv[1]))\nexcept Exception as error: print(type(error).__name__, error)")
+    printed = subprocess.check_output([sys.executable, "-c", code, run.folder], cwd=Path(__file__).parents[1], text=True)
+    assert printed.startswith("UserError") and "is in use by another process: wait until it ends, or give" in printed
 
 
 def test_bf16_keeps_losses_in_float32(make):

@@ -271,20 +271,20 @@ def prepare_stage(run: Run, cfg: Config, k: int, model: nn.Module, source: Segme
                   target: SegmentationDataset) -> tuple[Tensor, SegmentationDataset, dict]:
     """Algorithm 1, lines 4 to 6, computed once: from M_{k-1}, the anchors (C, D), the target with both labels, and a note."""
     stage, file, shape = f"stage{k}", cfg.offline_anchors if k == 1 else None, (len(run.classes), model.feat_channels)
-    kept = run.once(stage, "anchors", lambda: {
-        "anchors": read_anchors(file, *shape) if file else source_anchors(run, model, source)})
-    anchors = kept["anchors"].to(run.device)
+    anchors = run.once(stage, "anchors", lambda: {
+        "anchors": read_anchors(file, *shape) if file else source_anchors(run, model, source)})["anchors"].to(run.device)
     counts = run.once(stage, "labels", lambda: label_target(run, cfg, model, anchors, target, run.folder / stage))
     labelled = target.with_maps(*(run.folder / stage / kind for kind in KINDS))
     return anchors, labelled, report_labels(run, cfg, stage, anchors, counts, labelled)
 
 
 def read_anchors(path: str | Path, num_classes: int, channels: int) -> Tensor:
-    """Read a (C, D) tensor, or the authors' published array, perhaps as `objective_vectors` of a dictionary, in which a row of
-    zeros is a class that was never seen. Raises: UserError naming the file, if it is not there or holds something else."""
+    """Read a (C, D) tensor, a run's `stageK-anchors.pt`, or the authors' array, perhaps as `objective_vectors` of a dict: in
+    it a row of zeros is a class never seen. Raises: UserError naming the file, if it is not there or holds something else."""
     from common import published  # only a file of anchors needs it
-    content = published.load_foreign(path, "--offline-anchors")
-    anchors = content.get("objective_vectors", content) if isinstance(content, dict) else content
+    anchors = published.load_foreign(path, "--offline-anchors")
+    if isinstance(anchors, dict):
+        anchors = anchors.get("anchors", anchors.get("objective_vectors", anchors))
     if isinstance(anchors, np.ndarray) and anchors.dtype.kind == "f":
         anchors = torch.from_numpy(anchors)
         anchors[(anchors == 0).all(dim=-1)] = torch.nan

@@ -696,7 +696,7 @@ def test_nothing_active_and_sixteen_classes(city, tmp_path):
 
 
 @pytest.mark.parametrize(("content", "words"), [
-    (torch.zeros(16, 256), "holds a tensor of shape (16, 256)"), ({"anchors": torch.zeros(19, 256)}, "holds <class 'dict'>"),
+    (torch.zeros(16, 256), "holds a tensor of shape (16, 256)"), ({"vectors": torch.zeros(19, 256)}, "holds <class 'dict'>"),
     (torch.full((19, 256), math.nan), "not finite"), ("text", "is damaged or not a --offline-anchors file"),
     (None, "there is no --offline-anchors file"),
 ])
@@ -711,6 +711,11 @@ def test_offline_anchors_that_do_not_fit(content, words, city, tmp_path, capsys)
     error = capsys.readouterr().err
     assert stop.value.code == 2 and str(path) in error and words in error and error.count("\n") == 1
     assert not list((tmp_path / "runs").rglob("*.pt"))
+
+
+def test_offline_anchors_of_a_run(adapted):
+    given = cag.read_anchors(adapted[0] / "stage2-anchors.pt", 19, 256)
+    assert torch.equal(given, kept(adapted[0], 2, "anchors")["anchors"]) and given.any()
 
 
 def test_offline_anchors_that_are_never_used(city, tmp_path, capsys):

@@ -233,7 +233,7 @@ class DeepLabV2(DeepLab):
 
     network, head_rate = "v2", 10
 
-    def __init__(self, backbone: str = "resnet101", num_classes: int = 19, structure: Structure = Structure()) -> None:  # noqa: B008
+    def __init__(self, backbone: str = "resnet101", num_classes: int = 19, structure: Structure = Structure()):  # noqa: B008
         super().__init__(backbone, num_classes, {"vgg16": 1024, "resnet18": 512}.get(backbone, 2048), structure)
         if backbone == "vgg16":
             self.encoder = vgg16_encoder()
@@ -259,7 +259,7 @@ class DeepLabV3Plus(DeepLab):
 
     network = "v3+"
 
-    def __init__(self, backbone: str = "resnet101", num_classes: int = 19, structure: Structure = Structure()) -> None:  # noqa: B008
+    def __init__(self, backbone: str = "resnet101", num_classes: int = 19, structure: Structure = Structure()):  # noqa: B008
         super().__init__(backbone, num_classes, 256, structure)
         self.encoder = resnet_encoder(backbone)
         dilate(self.encoder.layer4, 2, (2, 4, 8))                   # ResNet-18 has two blocks: 2, 4

@@ -387,7 +387,9 @@ def read_checkpoint(path: str | Path, first_stage: str, branches: int | None) ->
     finished the first stage. Raises: UserError for another file."""
     content = load_foreign(path, "--from")
     if isinstance(content, dict) and isinstance(content.get("state"), dict) and "stage" in content:
-        return content
+        structures = content.get("structure", {})
+        known = {name: asdict(read_structure(values, f"--from {path}")) for name, values in structures.items()}
+        return {**content, "structure": known} if known else content
     if not recognise(content, f"--from {path}", path, branches).family:
         raise UserError(f"--from {path} is neither a checkpoint of this project nor a trained network of a family that is "
                         "known here; initial weights load by --init")

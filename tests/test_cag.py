@@ -490,6 +490,7 @@ class Stages:
             self.note(f"{function.__name__} {given.get('k', '')}".strip())
             self.handed.append(handed := {
                 "iterations": given.get("iterations"), "anchors": given.get("anchors"), "before": self.weights(model),
+                "training": model.training,
                 "learning": {name.startswith("encoder") for name, m in model.named_modules()
                              if isinstance(m, nn.BatchNorm2d) and (m.training or m.weight.requires_grad)},
                 **{domain: self.images(given[domain]) for domain in ("source", "target") if domain in given}})
@@ -560,7 +561,7 @@ def test_what_every_stage_is_handed(city, tmp_path, monkeypatch):
     assert train_source["learning"] == {False} and not any(handed["learning"] for handed in every[1:])     # Sec. 4.1
     assert all(handed["SGD"] == [5e-4, 1e-3] for handed in (train_source, warm_up, stage1, stage2))
     assert [handed.get("Adam") for handed in every] == [None, [3e-4], None, None, None, None]
-    assert train_source["before"] == stages.weights(initial)
+    assert train_source["before"] == stages.weights(initial) and all(handed["training"] for handed in every)
     assert all(handed["before"] == before["after"] for before, handed in itertools.pairwise(every))
     assert [handed["before"] != handed["after"] for handed in every] == [True, True, False, True, False, True]
 

@@ -17,7 +17,7 @@ def join() -> tuple[int, int]:
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not distributed.is_initialized():
         distributed.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
         if distributed.get_rank():
-            sys.stdout = open(os.devnull, "w")                   # noqa: SIM115 (for the rest of the process): one speaks for all
+            sys.stdout = open(os.devnull, "w")                   # for the rest of the process: one speaks
     return (distributed.get_rank() if world_size() > 1 else 0), world_size()
 
 

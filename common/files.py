@@ -93,7 +93,7 @@ def lock(folder: Path):
     """Lock a folder while the returned file is open; remove half-written files. Raises UserError if another process has it."""
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        held = open(folder / ".lock", "a")                                   # noqa: SIM115 (for the rest of the process)
+        held = open(folder / ".lock", "a")                                       # for the rest of the process
     try:
         if fcntl:
             fcntl.lockf(held, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -97,7 +97,7 @@ def command(main):
     def wrapped(argv: list[str] | None = None):
         try:
             return main(argv)
-        except (UserError, RuntimeError) as error:
+        except (UserError, RuntimeError, EOFError, ConnectionError) as error:
             message = _explain(error)
             if not message:
                 raise
@@ -109,15 +109,16 @@ def command(main):
 
 
 def _explain(error: Exception) -> str:
-    """One sentence for what the user can fix, though torch may report it as a RuntimeError; "" for other errors."""
+    """One sentence for what the user can fix, though torch may report it as a RuntimeError; "" for other errors. A process
+    that loads images and is killed raises anywhere; in the midst of handing over a batch, it breaks the pipe."""
+    if isinstance(error, EOFError | ConnectionError) or re.search(r"DataLoader worker \(pid|Pin memory thread", str(error)):
+        return "a process that loads images was killed, perhaps for lack of memory: try fewer --workers, then start again"
     if isinstance(error, UserError):                             # of a worker process, torch gives the traceback as text
         return re.sub(r"^Caught [\s\S]*\n[\w.]*UserError: ", "", str(error)).strip()
     if type(error).__name__ == "OutOfMemoryError":
         return "the accelerator's memory is full: try a smaller --batch-size or --crop, or --amp bf16; what was saved is kept"
     if re.search(r"[Cc]onnection closed|[Cc]onnection reset|Broken pipe|remote process exited", str(error)):
         return "another process of this run ended; see its message, then start all again to resume"
-    if "DataLoader worker (pid" in str(error):                   # torch raises it wherever the program is at that moment
-        return "a process that loads images was killed, perhaps for lack of memory: try fewer --workers, then start again"
     return ""
 
 

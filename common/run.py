@@ -461,6 +461,8 @@ class Run:
         try:
             yield
         finally:
+            if previous and hasattr(signal, "SIGCHLD"):              # torch's would raise wherever the program is when a broken
+                signal.signal(signal.SIGCHLD, signal.SIG_DFL)        # loader's worker ends, also while its error is told
             for number, handler in previous.items():
                 signal.signal(number, handler)
 

@@ -1,4 +1,4 @@
-"""A process that has imported torch and a script, and forks a child for each start of it: a start then takes a tenth of a
+"""A process that imports torch and the scripts, and forks a child for each start of it: a start then takes a tenth of a
 second instead of five. `Starts` is the test's side of it; children are real processes that can be killed."""
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ class Starts:
         job = {"script": script, "argv": argv, "output": str(output), "file_limit": file_limit, "nan_at": nan_at}
         self.server.stdin.write(json.dumps(job).encode() + b"\n")
         self.server.stdin.flush()
-        known, end = len(self.pids), time.monotonic() + 60
+        known, end = len(self.pids), time.monotonic() + 120
         while len(self.pids) == known:
             self.listen(0.001)
             assert self.server.poll() is None and time.monotonic() < end, "the process that forks is gone"
@@ -140,19 +140,17 @@ def child(job: dict, output: int) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (job["file_limit"], resource.RLIM_INFINITY))
     if job["nan_at"] is not None:
         from common.data import SegmentationDataset
-        count, item = iter(range(10**9)), SegmentationDataset._item
+        count, item = iter(range(10**9)), SegmentationDataset.__getitem__
 
-        def poisoned(self, *key):
-            image, *rest = item(self, *key)
+        def poisoned(self, key):
+            image, *rest = item(self, key)
             return (image * float("nan") if next(count) == job["nan_at"] else image), *rest
-        SegmentationDataset._item = poisoned
+        SegmentationDataset.__getitem__ = poisoned
     importlib.import_module(job["script"]).main(job["argv"])
 
 
 def serve() -> None:
     """Fork for each line of standard input; tell of starts and ends on standard output."""
-    for script in ("bismap", "c2f", "cag", "fada", "sim"):
-        importlib.import_module(script)
     torch.set_num_threads(1)
     running: dict[int, tuple[int, str]] = {}                     # pid -> its output's pipe and file
     os.set_blocking(0, False)
@@ -166,6 +164,7 @@ def serve() -> None:
         *lines, pending = pending.split(b"\n")
         for line in lines:
             job = json.loads(line)
+            importlib.import_module(job["script"])               # once, for all its starts
             reader, writer = os.pipe()
             pid = os.fork()
             if pid == 0:

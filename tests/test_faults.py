@@ -4,12 +4,16 @@ With --soak (`make soak`) the long versions: 200 kills over all five scripts."""
 
 from __future__ import annotations
 
+import itertools
 import json
+import multiprocessing
 import os
 import random
 import shutil
 import signal
 import time
+import traceback
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import pytest
@@ -17,6 +21,7 @@ import torch
 from PIL import Image
 from starts import Starts, assert_same_end, children, tensors
 
+import fada
 from common.data import find_pairs
 
 SMALL = ("--backbone resnet18 --init none --source-size 64x32 --target-size 64x32 --workers 0 --log-every 1 --save-every 2 "
@@ -115,7 +120,7 @@ def test_checkpoints_that_are_damaged_or_of_another_run(starts, city, tmp_path, 
     other, _ = undisturbed("cag")
     argv, folder = arguments("fada", city, tmp_path), tmp_path / "fada-gta5"
     shutil.copytree(whole, folder)
-    for name in ("adversarial.pt", "distill.pt", "results.json"):
+    for name in ("adversarial.pt", "distill-labels.pt", "distill.pt", "results.json"):
         (folder / name).unlink()
     good = (folder / "source.pt").read_bytes()
     flipped = bytearray(good)
@@ -182,6 +187,33 @@ def test_an_image_that_becomes_unreadable_and_a_worker_that_is_killed(starts, ci
     assert_same_end(tmp_path / "fada-gta5", whole)
 
 
+@pytest.mark.parametrize("broken", [EOFError(), ConnectionResetError(104, "Connection reset by peer")])
+def test_a_worker_that_is_killed_while_it_hands_over_a_batch(broken, city, tmp_path, monkeypatch, capsys):
+    """Its pipe breaks some moments before its parent is told that it is dead, and that must not cut short the message."""
+    receive, clear, parent, count = Connection.recv_bytes, traceback.clear_frames, os.getpid(), itertools.count(1)
+
+    def received(self, *size):
+        if os.getpid() == parent and next(count) == 3:
+            raise broken
+        return receive(self, *size)
+
+    def told_of_the_death(error):
+        workers = multiprocessing.active_children()
+        assert workers
+        for worker in workers:
+            worker.kill()
+            os.waitid(os.P_PID, worker.pid, os.WEXITED | os.WNOWAIT)
+        clear(error)
+
+    monkeypatch.setattr(Connection, "recv_bytes", received)
+    monkeypatch.setattr(traceback, "clear_frames", told_of_the_death)
+    with pytest.raises(SystemExit) as stop:
+        fada.main(arguments("fada", city, tmp_path, "--workers", "1", "--source-iterations", "50"))
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.startswith("fada.py: error: a process that loads images was killed"), error
+    assert error.count("\n") == 1
+
+
 def test_nan_in_a_batch(starts, city, tmp_path):
     """The run ends by itself, names the loss, and what was saved before stays good."""
     argv = arguments("fada", city, tmp_path)
@@ -213,7 +245,7 @@ def test_a_second_start_in_the_same_folder_refuses(starts, city, tmp_path):
     first = starts.start("fada", argv)
     first.until("source 5/")                                  # with a checkpoint
     status, text = starts.run("fada", argv)
-    assert status == 2 and "is in use by another start" in text and "--tag" in text, text
+    assert status == 2 and "is in use by another process" in text and "--tag" in text, text
     assert starts.run("fada", [*argv, "--eval"])[0] in (0, 2)     # only reads
     first.kill()                                                  # and the lock is gone with it
     first.wait()

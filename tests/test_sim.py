@@ -710,7 +710,7 @@ class FakeRun:
     """What train_step uses of a run, in float64."""
 
     def __init__(self, batches):
-        self.batches, self.losses, self.begin = batches, [], None
+        self.batches, self.losses = batches, []
 
     def seed(self, *names):
         torch.manual_seed(7)
@@ -722,7 +722,7 @@ class FakeRun:
         return contextlib.nullcontext()
 
     def stage(self, name, iterations, state, source, target, batch_size, note):
-        self.name, self.state, self.note = name, state, note
+        self.called, self.state = (name, iterations, batch_size, note), state
         yield from ((it, *batch) for it, batch in enumerate(self.batches))
 
     def report(self, **losses):
@@ -773,7 +773,7 @@ def reference(step, cfg, model, D, stuff, things, batches):
 @pytest.mark.parametrize("step", [1, 2])
 def test_a_step_is_eq_12_or_13(step):
     cfg = sim.Config(lambda_seg=0.7, lambda_adv=0.3, lambda_ci=0.5, lambda_D=0.6, z=2, lr=0.01, weight_decay=0.03,
-                     lr_discriminator=0.002, beta1=0.8, momentum=0.7)
+                     lr_discriminator=0.002, beta1=0.8, momentum=0.7, iterations=70, batch_size=5)
     torch.manual_seed(0)
     models = [Tiny().double(), Tiny().double()]
     models[1].load_state_dict(models[0].state_dict())
@@ -792,7 +792,7 @@ def test_a_step_is_eq_12_or_13(step):
     expected, grad_G, grad_D = reference(step, cfg, models[1], D, *banks[1], batches)
     run = FakeRun(batches)
     sim.train_step(run, cfg, step, models[0], *banks[0], None, None, {"of": step})
-    assert run.name == f"step{step}" and len(run.losses) == 2 and run.note == {"of": step}
+    assert run.called == (f"step{step}", 70, 5, {"of": step}) and len(run.losses) == 2
     for got, wanted in zip(run.losses, expected):
         assert got.keys() == wanted.keys() and got == pytest.approx(wanted, rel=1e-9)
     assert run.losses[0]["stuff"] > 0 and run.losses[0]["things"] > 0            # matched in the first iteration
@@ -921,7 +921,11 @@ def test_step_2_learns_from_step_1(city, tmp_path, monkeypatch):
             matched[max(started)].append(label_map)
             return loss(feat, label_map, *rest)
         return spy
+
+    def write_pseudo_labels(run, cfg, model, *rest, _write=sim.write_pseudo_labels):
+        return _write(run, cfg, model.train(), *rest)                            # as it comes from --from
     monkeypatch.setattr(sim, "train_step", train_step)
+    monkeypatch.setattr(sim, "write_pseudo_labels", write_pseudo_labels)
     monkeypatch.setattr(sim, "augmented_label_map", augment)
     monkeypatch.setattr(sim, "stuff_loss", match(sim.stuff_loss))
     monkeypatch.setattr(sim, "instance_loss", match(sim.instance_loss))

@@ -42,13 +42,13 @@ SYNTHIA_16 = {3: 0, 4: 1, 2: 2, 21: 3, 5: 4, 7: 5, 15: 6, 9: 7, 6: 8, 1: 9, 10: 
               11: 15}
 
 
-def write_png(path, pixels: np.ndarray, colour: int, palette: bytes = b"", rows: int | None = None):
-    """A PNG with `pixels` (h,w) or (h,w,c), uint8 or uint16; colour type 0 grey, 2 RGB, 3 palette."""
+def write_png(path, pixels: np.ndarray, colour: int, palette: bytes = b"", rows: int | None = None, kind: int = 0):
+    """A PNG with `pixels` (h,w) or (h,w,c), uint8 or uint16; colour type 0 grey, 2 RGB, 3 palette; rows with filter `kind`."""
     def chunk(kind: bytes, body: bytes) -> bytes:
         return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
 
     big_endian = pixels.astype(pixels.dtype.newbyteorder(">"))
-    data = zlib.compress(b"".join(b"\0" + row.tobytes() for row in big_endian[:rows]))
+    data = zlib.compress(b"".join(bytes([kind]) + row.tobytes() for row in big_endian[:rows]))
     header = struct.pack(">IIBBBBB", pixels.shape[1], pixels.shape[0], 8 * pixels.itemsize, colour, 0, 0, 0)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"PLTE", palette) * bool(palette)
@@ -165,6 +165,7 @@ def test_damaged_files_are_errors_that_name_them(tmp_path, kind):
     if kind == "synthia":                                        # whole by its checksums, but rows are missing
         rows = write_png(tmp_path / "y.png", (noise(64, 64) % 23).astype(np.uint16), 2, rows=40)
         damages["rows"] = rows.read_bytes()
+        damages["filter"] = write_png(tmp_path / "y.png", (noise(64, 64) % 23).astype(np.uint16), 2, kind=5).read_bytes()
     for name, data in {**damages, "missing": None}.items():
         path.unlink() if data is None else path.write_bytes(data)
         context = multiprocessing.get_context("fork")

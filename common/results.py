@@ -22,7 +22,7 @@ import sys
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from pathlib import Path
 
-from common.cli import command, parse
+from common.cli import command, flag, flags, paper_value, parse, show
 from common.files import UserError
 from common.run import Options, run_folder
 
@@ -163,6 +163,14 @@ def table(results: dict[str, list[dict]], mean: str, gap: bool) -> str:
         spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
         share = f"{100 * (means[row] - low) / (high - low):.0f} %" if gap and high != low else "-"
         lines.append(f"| {row} | {means[row]:.1f}{spread} | {' '.join(f'{value:.1f}' for value in values)} | {share} |")
+    return "\n".join(lines)
+
+
+def defaults_table(cls: type) -> str:
+    """A Config as the README shows it, in Markdown: flag, default, the paper's value and where the paper gives it."""
+    lines = ["| flag | default | paper | meaning |", "|---|---|---|---|"]
+    for field, _ in flags(cls):
+        lines.append(f"| `{flag(field.name)}` | {show(field.default)} | {paper_value(field)} | {field.metadata['help']} |")
     return "\n".join(lines)
 
 

@@ -15,12 +15,9 @@ from common.cli import option
 
 @dataclasses.dataclass
 class Config:
-    source: str = option("gta5", "source")
     score: float = option(0.0, "score")
 
 TOY = {}
-RESULTS = {"low": ("one", "--score 0.2"), "middle (x)": ("two", "--score 0.3 --from {low}/one.pt"),
-           "middle, later": ("three", "--score 0.3 --from {low}/one.pt"), "high": ("one", "--score 0.4")}
 if __name__ == "__main__":
     argv = dict(zip(sys.argv[1::2], sys.argv[2::2]))
     if "--from" in argv:
@@ -37,6 +34,8 @@ if __name__ == "__main__":
     with open(folder / "started", "a") as file:
         file.write("x")
 '''
+ROWS = {"low": ("one", "--score 0.2"), "middle (x)": ("two", "--score 0.3 --from {low}/one.pt"),
+        "middle, later": ("three", "--score 0.3 --from {low}/one.pt"), "high": ("one", "--score 0.4")}
 
 
 @pytest.mark.parametrize("jobs", ["1", "3"])
@@ -46,6 +45,7 @@ def test_rows_seeds_and_table(tmp_path, monkeypatch, capsys, jobs):
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setenv("PYTHONPATH", str(Path(results.__file__).parents[1]))
     monkeypatch.delitem(sys.modules, "stand_in", raising=False)
+    monkeypatch.setitem(results.RESULTS, "stand_in", ROWS)
     argv = ["stand_in", "--seeds", "0", "2", "--name", "t", "--jobs", jobs, "--", "--source", "synthia"]
     for times in (1, 2):                                         # the script itself ends at once where a run is finished
         results.main(argv)

@@ -7,6 +7,7 @@ import importlib
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +16,7 @@ import pytest
 import torch
 from starts import link_checkpoints
 
-from common.cli import defaults_table
+from common.results import defaults_table
 from common.run import Run
 
 ROOT = Path(__file__).parents[1]
@@ -47,15 +48,22 @@ def final_state(folder: Path, stage: str) -> dict:
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_end_to_end_and_resumed_in_every_stage(script, city, tmp_path, monkeypatch):
+def test_end_to_end_and_resumed_in_every_stage(script, city, tmp_path, monkeypatch, capsys):
     module = importlib.import_module(script)
     module.main(arguments(script, city, tmp_path, "--tag", "whole"))
     whole = tmp_path / f"{script}-gta5-whole"
     results = json.loads((whole / "results.json").read_text())
     stages = STAGES[script]
     assert list(results) == stages
-    for stage in stages:
-        assert (whole / f"{stage}.png").exists() and (whole / f"{stage}-losses.png").exists()
+    assert all((whole / f"{name}.png").exists() for name in [*stages, "curves"])
+
+    # Started again, it shows what is there and leaves every file as it is.
+    files, printed = {path: path.stat().st_mtime_ns for path in whole.rglob("*.*")}, capsys.readouterr().out
+    module.main(arguments(script, city, tmp_path, "--tag", "whole"))
+    again = capsys.readouterr().out
+    assert all(f"{stage}: finished" in again for stage in stages) and "iteration" not in again
+    assert again.split("IoU in percent")[1:] == printed.split("IoU in percent")[-1:]
+    assert files == {path: path.stat().st_mtime_ns for path in whole.rglob("*.*")}
 
     # Stop after the second iteration of every stage in turn, start again, and end where the undisturbed run ended.
     stopped = tmp_path / f"{script}-gta5-stopped"
@@ -63,13 +71,14 @@ def test_end_to_end_and_resumed_in_every_stage(script, city, tmp_path, monkeypat
         shutil.rmtree(stopped, ignore_errors=True)
         shutil.copytree(whole, stopped, copy_function=link_checkpoints)      # with the stages before it finished
         (stopped / "results.json").write_text(json.dumps({name: results[name] for name in stages[:k]}))
-        for name in stages[k:]:
-            (stopped / f"{name}.pt").unlink()
+        for path in [path for name in stages[k:] for pattern in ("", "-*") for path in stopped.glob(f"{name}{pattern}.pt")]:
+            path.unlink()
 
         def report(self, _report=Run.report, **losses):
             _report(self, **losses)
             report.count += 1
-            self._asked_to_stop = report.count == 2                       # what SIGTERM's handler does
+            if report.count == 2:
+                signal.raise_signal(signal.SIGTERM)
         report.count = 0
         monkeypatch.setattr(Run, "report", report)
         with pytest.raises(SystemExit) as stop:
@@ -97,9 +106,11 @@ def test_help_and_import_have_no_side_effects(script, tmp_path):
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_copied_out_it_runs(script, city, tmp_path):
+    """With common/ alone, and without its files that only some flags need."""
     for name in {script, *(["c2f"] if script == "bismap" else [])}:      # whose warm-up is C2F's alignment
         shutil.copy(ROOT / f"{name}.py", tmp_path)
-    shutil.copytree(ROOT / "common", tmp_path / "common", ignore=shutil.ignore_patterns("__pycache__"))
+    some = ("published.py", "curves.py", "results.py", "toycity.py", "predict.py")
+    shutil.copytree(ROOT / "common", tmp_path / "common", ignore=shutil.ignore_patterns("__pycache__", *some))
     line = [sys.executable, f"{script}.py", *arguments(script, city, Path("runs"), "--stage", STAGES[script][0])]
     done = subprocess.run(line, cwd=tmp_path, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": ""})
     assert done.returncode == 0, done.stderr
@@ -110,11 +121,12 @@ def test_copied_out_it_runs(script, city, tmp_path):
 def test_only_the_five_packages_and_no_other_script(script):
     files = [ROOT / f"{script}.py", *(ROOT / "common").glob("*.py")]
     allowed = sys.stdlib_module_names | {"torch", "torchvision", "numpy", "PIL", "scipy", "common"}
+    more = {"bismap.py": {"c2f"}, "curves.py": {"matplotlib"}}            # charts are drawn where it is installed
     for file in files:
         nodes = list(ast.walk(ast.parse(file.read_text(encoding="utf-8"))))
         names = [name.name for node in nodes if isinstance(node, ast.Import) for name in node.names]
         names += [node.module for node in nodes if isinstance(node, ast.ImportFrom)]
-        assert {name.split(".")[0] for name in names} <= allowed | ({"c2f"} if file.name == "bismap.py" else set()), file
+        assert {name.split(".")[0] for name in names} <= allowed | more.get(file.name, set()), file
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -160,9 +172,10 @@ def run_main(script: str, *argv: str) -> int:
     (["--crop", "99x32"], "--crop 99x32 is larger than the images (64x32"),
     (["--stage", "finish"], "--stage finish is unknown"),
     (["--device", "cuda"], "--device cuda is not available"),
-    (["--from", "missing.pt"], "there is no checkpoint missing.pt"),
-    (["--init", "missing.pth"], "--init missing.pth cannot be read"),
-    (["--eval"], "there is nothing to evaluate"),
+    (["--from", "missing.pt"], "there is no --from file missing.pt"),
+    (["--init", "missing.pth"], "there is no --init file missing.pth"),
+    (["--eval"], "is no trained network with its head, and no stage of"),
+    (["--export", "out.json"], "--export out.json is the name of the JSON file beside the weights"),
     (["--data", "nowhere"], "nowhere"),
     (["--source", "gta4"], "--source: invalid choice: 'gta4'"),
 ])

@@ -117,9 +117,8 @@ def init_convs(module: nn.Module) -> nn.Module:
 
 
 class BatchNorm(nn.BatchNorm2d):
-    """Batch norm that uses and keeps its running statistics where it sees one or two values per channel, as that of image
-    pooling does at batch 1 or 2 (per process). Two values normalised by their own statistics give little but the sign of
-    their difference, and the loss a curvature that is 40 times higher."""
+    """Batch norm that uses and keeps its running statistics where it sees one or two values per channel, as image pooling's
+    does at batch 1 or 2: two values normalised by their own give little but a sign, and the loss 40 times the curvature."""
 
     def forward(self, x: Tensor) -> Tensor:
         if x.numel() <= 2 * x.shape[1]:
@@ -139,8 +138,7 @@ def conv_bn_relu(in_channels: int, out_channels: int, kernel: int = 1, dilation:
 
 
 class SummedASPP(nn.Module):
-    """v2's classifier: 3x3 convolutions with dilations 6, 12, 18 and 24, or the first of them, summed: (N, D, h, w) ->
-    (N, K, h, w)."""
+    """v2's classifier: 3x3 convolutions with dilations 6, 12, 18, 24 (or the first ones), summed. (N, D, h, w) -> (N, K, h, w)"""
 
     def __init__(self, in_channels: int, num_classes: int, branches: int = 4) -> None:
         super().__init__()
@@ -217,8 +215,7 @@ class DeepLab(nn.Module):
         return self
 
     def parameter_groups(self, lr: float, encoder_rate: float = 1.0) -> list[dict]:
-        """Groups for an optimizer, trainable parameters only: the encoder at encoder_rate * lr, v2's head at 10 * lr, the
-        rest at lr."""
+        """Groups of the trainable parameters: the encoder at encoder_rate * lr, v2's head at 10 * lr, the rest at lr."""
         groups: dict[float, list[nn.Parameter]] = {1: []}          # the rest first: its rate is the one that is logged
         for name, parameter in self.named_parameters():
             if parameter.requires_grad:

@@ -138,7 +138,7 @@ def conv_bn_relu(in_channels: int, out_channels: int, kernel: int = 1, dilation:
 
 
 class SummedASPP(nn.Module):
-    """v2's classifier: 3x3 convolutions with dilations 6, 12, 18, 24 (or the first ones), summed. (N, D, h, w) -> (N, K, h, w)"""
+    """v2's classifier: 3x3 convolutions with dilations 6, 12, 18, 24 or the first, summed. (N, D, h, w) -> (N, K, h, w)"""
 
     def __init__(self, in_channels: int, num_classes: int, branches: int = 4) -> None:
         super().__init__()

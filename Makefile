@@ -16,7 +16,7 @@ setup: $(VENV)/ready      ## make .venv with the five packages and the tools for
 $(VENV)/ready: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install --quiet --upgrade pip
-	$(PY) -m pip install --quiet torch torchvision numpy pillow scipy pytest pytest-xdist ruff scikit-image scikit-learn cityscapesscripts
+	$(PY) -m pip install --quiet torch torchvision numpy pillow scipy pytest pytest-xdist ruff matplotlib tensorboard scikit-image scikit-learn cityscapesscripts
 	touch $@
 
 demo: setup               ## toy city, FADA end to end in minutes: table and pictures

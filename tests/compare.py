@@ -40,15 +40,17 @@ def main(other: str, *scripts: str) -> None:
             if any([process.wait() for process in processes]):
                 raise SystemExit(f"{script}.py failed; its message stands above")
             results = [run / f"{script}-gta5/results.json" for run in runs]
-            stages = [path.stem for path in sorted(results[0].parent.glob("*.pt")) if "state" in torch.load(path, weights_only=True)]
+            stages = [path.stem for path in sorted(results[0].parent.glob("*.pt"))
+                      if "state" in torch.load(path, weights_only=True)]
             for stage in stages:
                 one, two = (networks(path.parent / f"{stage}.pt") for path in results)
                 same = one.keys() == two.keys() and all(torch.equal(one[key].nan_to_num(), two[key].nan_to_num()) for key in one)
                 different += not same
                 print(f"{script} {stage}: {'the same' if same else 'DIFFERENT'}", flush=True)
-            images = [path.relative_to(runs[0]) for path in runs[0].rglob("*/*/*.png") if path.parent.name != f"{script}-gta5"]
-            same = all((runs[0] / name).read_bytes() == (runs[1] / name).read_bytes() for name in images if "labels.png" not in
-                       name.name) and results[0].read_text() == results[1].read_text()
+            images = [path.relative_to(runs[0]) for path in runs[0].rglob("*/*/*.png")
+                      if path.name != "labels.png" and (runs[1] / path.relative_to(runs[0])).exists()]
+            same = results[0].read_text() == results[1].read_text() and all(
+                (runs[0] / name).read_bytes() == (runs[1] / name).read_bytes() for name in images)
             different += not same
             print(f"{script} results.json and {len(images)} labels and maps: {'the same' if same else 'DIFFERENT'}", flush=True)
     raise SystemExit(f"{different} differ" if different else 0)

@@ -25,9 +25,10 @@ def networks(path: Path) -> dict[str, torch.Tensor]:
 
 
 def main(other: str, *scripts: str) -> None:
+    from test_faults import FLAGS, arguments
+
     from common import toycity
     from common.cli import Size
-    from test_faults import FLAGS, arguments
     different = 0
     with tempfile.TemporaryDirectory() as folder:
         city = Path(folder, "city")
@@ -44,7 +45,7 @@ def main(other: str, *scripts: str) -> None:
                       if "state" in torch.load(path, weights_only=True)]
             for stage in stages:
                 one, two = (networks(path.parent / f"{stage}.pt") for path in results)
-                same = one.keys() == two.keys() and all(torch.equal(one[key].nan_to_num(), two[key].nan_to_num()) for key in one)
+                same = one.keys() == two.keys() and all(torch.equal(one[k].nan_to_num(), two[k].nan_to_num()) for k in one)
                 different += not same
                 print(f"{script} {stage}: {'the same' if same else 'DIFFERENT'}", flush=True)
             images = [path.relative_to(runs[0]) for path in runs[0].rglob("*/*/*.png")

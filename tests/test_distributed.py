@@ -66,8 +66,12 @@ def test_two_processes_take_the_steps_of_one(city, tmp_path):
                     for n in "12")
         assert one.keys() == two.keys()
         for key in one:
-            close = torch.isclose(one[key], two[key], rtol=1e-3, atol=2e-5, equal_nan=True)
-            assert close.float().mean() > 0.999, (file, key, (one[key] - two[key]).abs().max())
+            difference = (one[key] - two[key]).abs()
+            if "-" in file.stem and one[key].frac().count_nonzero() == 0:          # counts: pixels at the edge of a bin
+                assert difference.sum() <= 0.01 * one[key].sum(), (file, key, difference.sum())
+            else:
+                close = torch.isclose(one[key], two[key], rtol=1e-3, atol=2e-5, equal_nan=True)
+                assert close.float().mean() > 0.999, (file, key, difference.max())
     for script in FLAGS:
         one, two = ((tmp_path / n / f"{script}-gta5") for n in "12")
         lines = [[json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()] for folder in (one, two)]

@@ -2,7 +2,7 @@
 
 Wang, Shen, Zhang, Duan, Mei. ECCV 2020. arXiv:2007.09222
 
-A discriminator that tells source features from target features is split into K channels a domain, so that it also tells
+A discriminator that tells source features from target features is split into K channels per domain, so that it also tells
 classes apart; the segmentation network's own soft predictions say which of the K channels a feature belongs to. Fooling
 it pulls target features towards source features of their own class instead of towards the source domain as a whole.
 
@@ -17,7 +17,7 @@ it pulls target features towards source features of their own class instead of t
     Sec. 4.3       FineGrainedDiscriminator
 
     G = C o F      segmentation network: features F, classifier C          D    discriminator
-    f, feat        feature samples, one a pixel of the stride-8 grid        K    classes
+    f, feat        feature samples, one per pixel of the stride-8 grid       K    classes
     a              class knowledge, (N, K, h, w)                            d    domain, 0 source, 1 target
     T              temperature of Eq. (8)                                   lambda_adv  weight of L_adv in Eq. (2)
 
@@ -31,30 +31,36 @@ Stages: source (20k) -> adversarial (40k) -> distill (20k) -> single-scale and m
     python fada.py --source gta5 --eval                      only evaluate what the run has reached
 
 Departures:
- 1. Sums over pixels are means: Eq. (3) over the labelled pixels, Eqs. (5) and (6) over all feature samples, and each
-    domain's half of Eq. (5) weighs 0.5. The paper prints sums, whose scale would change with image and batch size.
- 2. "Clipping" (Sec. 3.3) sets soft labels above the threshold to the threshold; they are not made to sum to one again.
- 3. Self-distillation is named in Sec. 4.3, not described. Here a student that starts from the initial weights learns the
-    argmax of the adapted model on every target pixel, for `distill_iterations`, with the source stage's settings.
- 4. Multi-scale testing is named, not described: mean of the softmax over `test_scales`, each also flipped.
- 5. Image sizes (`source_size`, `target_size`), strength of colour jitter (`jitter`) and the classifier's ten times higher
-    rate (common/deeplab.py) are not in the paper: the usual ones of the field.
- 6. Batch norm of pretrained encoders is frozen (`--freeze-bn`); the paper does not say.
- 7. `batch_size` is eight in every stage; the paper says eight, four a domain, for what has both domains.
- 8. D's two uses of a target batch, Eqs. (5) and (6), share one forward pass: D changes only after both, so the values are
-    the same, and each backward pass is told which weights it may reach.
- 9. Eq. (9) is measured over the labelled pixels of `ccd_images` images a domain on the feature grid: per domain and for
-    both together. The paper does not say whether S_i holds both domains.
-10. Each stage has its own optimizer, and the poly rate's horizon is the stage's own iterations; the paper gives the power.
-The authors' code differs from their paper in ways that are not taken: L_seg on logits / T, source images sampled by class
-rarity, weight decay 5e-4, rate 5e-4 in the source and distillation stages, poly horizons longer than the runs, jitter on
-the source only, no flip, D's outputs and the soft labels upsampled to the image (here Eqs. (5) and (6) run over the feature
-samples f_i, as printed).
+ 1. Eqs. (3), (5), (6): sums are means, over the labelled pixels in (3), over all feature samples in (5) and (6), and each
+    domain's half of (5) weighs 0.5; a sum's scale would change with image and batch size.
+ 2. Eqs. (5), (6): D's two uses of a target batch share one forward pass. D changes only after both, so the values are the
+    same, and each backward pass is told which weights it may reach.
+ 3. Sec. 3.3: "clipping" sets soft labels above the threshold to the threshold; they are not made to sum to one again.
+ 4. Sec. 4.3: self-distillation is named, not described. Here a student that starts from the initial weights learns the
+    argmax of the adapted model on every target pixel, for `distill_iterations`, at the source stage's rates.
+ 5. Sec. 4.3: multi-scale testing is named, not described: mean of the softmax over `test_scales`, each also flipped.
+ 6. Sec. 4.3: image sizes (`source_size`, `target_size`), the strength of colour jitter (`jitter`) and the classifier's ten
+    times higher rate (common/deeplab.py) are the usual ones of the field; the paper does not give them.
+ 7. Sec. 4.3: batch norm of pretrained encoders is frozen (`--freeze-bn`) but in distillation; the paper does not say.
+ 8. Sec. 4.3: `batch_size` is eight in every stage; the paper says eight, four per domain, for what has both domains.
+ 9. Sec. 4.3: each stage has its own optimizer, and the poly rate's horizon is the stage's own iterations.
+10. Sec. 4.5: Eq. (9) is measured over the labelled pixels of `ccd_images` images per domain on the feature grid: per domain
+    and for both together. The paper does not say whether S_i holds both domains.
+
+The published code. Its self-distillation, which Table 4's 49.2 and 50.1 come from, is followed: pseudo labels at 2048x1024
+(`distill_size`) from inputs at `target_size`, images of 2048x1024 resized by `distill_scale`, crop `distill_crop`, flip,
+jitter, batch norm trained for GTA5 and frozen for SYNTHIA, test at `distill_size` (at 1024x512 its users lose about two
+points). The source and adversarial stages (46.9) are tested at `target_size`. Not followed:
+ a. L_seg on logits / T: then T hardly softens Eq. (8), and clipping acts on every confident pixel.
+ b. D's outputs and the soft labels upsampled to the image; here Eqs. (5) and (6) run over the feature samples, as printed.
+ c. Source images sampled by class rarity; no flip before distillation, jitter only on the adversarial stage's source images.
+ d. Weight decay 5e-4, rate 5e-4 in the source and distillation stages, poly horizons longer than the runs.
+ e. VGG-16 starts from Caffe's weights, whose input is BGR in 0..255 minus the mean; here from torchvision's.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -64,7 +70,7 @@ from torch import Tensor, nn
 from common import toycity
 from common.cli import Size, UserError, command, option, parse
 from common.data import IGNORE, Augment, SegmentationDataset, class_list, save_label
-from common.deeplab import at_least_float32, upsample
+from common.deeplab import at_least_float32, resize_label, upsample
 from common.run import Options, Run, check_domains, sum_over_processes
 
 STAGES = ("source", "adversarial", "distill")
@@ -100,24 +106,31 @@ class Config:
                                          low=1)
     distill: bool = option(True, "self-distillation after the adversarial stage", paper=True, section="Sec. 4.3")
     distill_iterations: int = option(20_000, "iterations of self-distillation", low=1)
-    batch_size: int = option(8, "images a batch; half of each domain in the adversarial stage", paper=8, section="Sec. 4.3",
+    distill_size: Size | None = option(None, "self-distillation's pseudo labels, training images and test have this size; "
+                                       "automatic: twice target_size, so 2048x1024")
+    distill_scale: tuple[float, ...] = option((0.5, 1.5), "range of the random resize in self-distillation", low=0.1)
+    distill_crop: Size | None = option(None, "random crop in self-distillation; automatic: target_size, so 1024x512")
+    distill_freeze_bn: str = option("auto", "batch norm kept fixed in self-distillation; auto: as --freeze-bn for SYNTHIA, "
+                                    "none for the others", choices=("auto", "all", "encoder", "none"))
+    batch_size: int = option(8, "images per batch; half of each domain in the adversarial stage", paper=8, section="Sec. 4.3",
                              low=2)
     source_size: Size | None = option(None, "source images are resized to it; automatic: 1280x720 for GTA5, 1280x760 for "
                                       "SYNTHIA, 1024x512 for Cityscapes")
     target_size: Size | None = option(None, "target images are resized to it, also in the test; automatic: 1024x512")
-    crop: Size | None = option(None, "random crop of both domains in training; automatic: none")
+    crop: Size | None = option(None, "random crop of both domains before self-distillation; automatic: none")
     jitter: float = option(0.5, "colour jitter: brightness, contrast, saturation by this, hue by 0.4 of it", low=0.0, high=1.0)
     test_scales: tuple[float, ...] = option((0.7, 1.0, 1.3), "scales of the multi-scale test, each also flipped", low=0.1)
     ccd: bool = option(False, "also report the class center distance, Eq. (9); needs labels of the target's training set",
                        identity=False)
-    ccd_images: int = option(2000, "images a domain for the class center distance", paper=2000, section="Sec. 4.5", low=1,
+    ccd_images: int = option(2000, "images per domain for the class center distance", paper=2000, section="Sec. 4.5", low=1,
                              identity=False)
 
 
 # Few iterations need higher rates; lambda_adv x lr x iterations is 0.01 in the paper and 0.0075 here.
 TOY = dict(data="data/toycity", init="none", backbone="resnet18", source_size=Size(128, 64), target_size=Size(128, 64),
-           source_iterations=600, adversarial_iterations=600, distill_iterations=400, lr=2.5e-3, lambda_adv=0.005,
-           lr_discriminator=3e-4, workers=0, amp="bf16", channels_last=True)
+           distill_size=Size(256, 128), distill_crop=Size(128, 64), source_iterations=600, adversarial_iterations=600,
+           distill_iterations=400, lr=2.5e-3, lambda_adv=0.005, lr_discriminator=3e-4, workers=0, amp="bf16",
+           channels_last=True)
 
 RESULTS = {                                            # `make results METHOD=fada`: row -> (stage reported, flags of its run)
     "source only": ("source", "--stage source"),
@@ -272,7 +285,7 @@ def class_center_distance(feat: Tensor, label: Tensor) -> Tensor:
     Eq. (9):  CCD(i) = 1/(K-1) sum_{j != i} [1/|S_i| sum_{x in S_i} ||x - mu_i||^2] / ||mu_i - mu_j||^2
 
     Args:
-        feat: (M, D) features, one a row.
+        feat: (M, D) features, one per row.
         label: (M,) int64 classes, 255 ignored.
     Returns: (K',) float64 for the K' classes that occur, in ascending order; NaN if there is only one.
     """
@@ -338,14 +351,14 @@ def adversarial(run: Run, cfg: Config, model: nn.Module, source: SegmentationDat
 
 
 @torch.no_grad()
-def write_pseudo_labels(run: Run, model: nn.Module, target: SegmentationDataset, folder: Path) -> None:
-    """The adapted model's argmax on every pixel of every target image, without a threshold, as PNGs of class indices."""
+def write_pseudo_labels(run: Run, model: nn.Module, target: SegmentationDataset, folder: Path, size: Size) -> None:
+    """The adapted model's argmax on every pixel of every target image, without a threshold, as PNGs of this size."""
     run.prepare("distill")
     model.eval()
     for x, _, (name,) in run.sweep("pseudo labels", target, shared=True):
         with run.autocast():
-            _, logits = model(x)
-        save_label(folder / f"{name}.png", upsample(logits, x.shape[-2:]).argmax(dim=1)[0])
+            _, logits = model(x)                                                  # (1, K, h, w)
+        save_label(folder / f"{name}.png", upsample(logits, (size.height, size.width)).argmax(dim=1)[0])
     model.train()
 
 
@@ -367,7 +380,7 @@ def self_distill(run: Run, cfg: Config, student: nn.Module, target: Segmentation
 @torch.no_grad()
 def report_class_center_distance(run: Run, cfg: Config, model: nn.Module, domains: dict[str, SegmentationDataset],
                                  classes) -> None:
-    """Print Eq. (9) a class, for each domain and for both together, from sums that do not grow with the data."""
+    """Print Eq. (9) per class, for each domain and for both together, from sums that do not grow with the data."""
     moments = {}
     model.eval()
     for domain, dataset in domains.items():
@@ -379,7 +392,7 @@ def report_class_center_distance(run: Run, cfg: Config, model: nn.Module, domain
         for x, label, _ in run.sweep(f"class center distance, {domain}", subset, shared=True):
             with run.autocast():
                 feat, _ = model(x)                                                # (1, D, h, w)
-            label = F.interpolate(label[None].float(), feat.shape[-2:], mode="nearest")[0].long()
+            label = resize_label(label, feat.shape[-2:])                          # (1, h, w)
             feat, label = feat.to(run.float64_device), label.to(run.float64_device)
             new = class_moments(feat.permute(0, 2, 3, 1).flatten(0, 2), label.flatten(), len(classes))
             moments[domain] = [a + b for a, b in zip(moments[domain], new, strict=True)]
@@ -391,9 +404,24 @@ def report_class_center_distance(run: Run, cfg: Config, model: nn.Module, domain
     print(f"{'mean':<16}" + "".join(f"{domain} {torch.tensor(values).nanmean():8.3f}   " for domain, values in ccd.items()))
 
 
+def with_sizes(cfg: Config) -> Config:
+    """The settings with the automatic sizes filled in."""
+    target = cfg.target_size or SIZES[cfg.target]
+    return replace(cfg, source_size=cfg.source_size or SIZES[cfg.source], target_size=target,
+                   distill_size=cfg.distill_size or Size(2 * target.width, 2 * target.height),
+                   distill_crop=cfg.distill_crop or target)
+
+
 def check(cfg: Config, options: Options) -> None:
-    """Refuse what cannot be meant, before anything is loaded."""
-    check_domains(cfg, options, "source", [cfg.source_size or SIZES[cfg.source], cfg.target_size or SIZES[cfg.target]])
+    """Check the settings before anything is loaded."""
+    check_domains(cfg, options, "source", [cfg.source_size, cfg.target_size])
+    if len(cfg.distill_scale) != 2 or cfg.distill_scale[0] > cfg.distill_scale[1]:
+        raise UserError(f"--distill-scale {' '.join(map(str, cfg.distill_scale))} is no range: give the smallest and the "
+                        "largest factor")
+    largest = Size(*(round(cfg.distill_scale[1] * side) for side in cfg.distill_size))
+    if cfg.distill_crop.width > largest.width or cfg.distill_crop.height > largest.height:
+        raise UserError(f"--distill-crop {cfg.distill_crop} is larger than the images of self-distillation, at most {largest}; "
+                        "choose a smaller crop or a larger --distill-size")
     if cfg.batch_size % 2:
         raise UserError(f"--batch-size {cfg.batch_size} is odd, and half of a batch comes from each domain; use an even number")
     if cfg.target == "crosscity" and cfg.ccd:
@@ -404,42 +432,47 @@ def check(cfg: Config, options: Options) -> None:
 def main(argv: list[str] | None = None) -> None:
     """The stages in order, each followed by its evaluation."""
     cfg, options = parse("fada.py", __doc__, (Config, Options), argv, TOY)
+    cfg = with_sizes(cfg)
     check(cfg, options)
     if options.toy:
         toycity.ensure(options.data)
     run = Run("fada", cfg, options, STAGES if cfg.distill else STAGES[:2])
     classes = class_list(cfg.source, cfg.target)
-    sizes = {cfg.source: cfg.source_size or SIZES[cfg.source], cfg.target: cfg.target_size or SIZES[cfg.target]}
+    sizes, large = {cfg.source: cfg.source_size, cfg.target: cfg.target_size}, {cfg.target: cfg.distill_size}
 
-    test = run.images(cfg.target, "val", classes, sizes)
+    test, test_large = (run.images(cfg.target, "val", classes, size) for size in (sizes, large))
     analysed = {domain: run.images(domain, "train", classes, sizes) for domain in (cfg.source, cfg.target)} if cfg.ccd else {}
     single = {"single-scale": {}}
     both = {**single, "multi-scale + flip": {"scales": cfg.test_scales, "flip": True}}
+    model = run.network("v2", classes)
     if options.eval:
-        model = run.network("v2", classes)
-        run.evaluate(run.load_latest(model), model, test, classes, both)
+        name = run.load_latest(model)
+        run.evaluate(name, model, test_large if name == "distill" else test, classes, both)
     else:
         augment = Augment(flip=True, jitter=cfg.jitter, crop=cfg.crop)
         source = run.images(cfg.target if options.target_labels else cfg.source, "train", classes, sizes, augment=augment)
         target = run.images(cfg.target, "train", classes, sizes, labels=False, augment=augment)
-        model = run.network("v2", classes)
         run.start_from(model)
         run.watch(model, test, classes)
-        # An upper bound has to be trained as long as what it bounds.
+        # Train the upper bound for as many iterations as the adapted model.
         train_source(run, cfg, model, source, cfg.source_iterations + options.target_labels * cfg.adversarial_iterations)
         run.evaluate("source", model, test, classes, single)
         adversarial(run, cfg, model, source, target, len(classes))
         run.evaluate("adversarial", model, test, classes, single if cfg.distill else both)
         if cfg.distill and run.reaches("distill"):
+            augment = replace(augment, scale=cfg.distill_scale, crop=cfg.distill_crop)
+            labelled = run.images(cfg.target, "train", classes, large, labels=False, augment=augment)
             if run.trains("distill"):
                 folder = run.folder / "pseudo_labels"
                 if not run.begun("distill"):
-                    write_pseudo_labels(run, model, target, folder)
-                target = target.with_maps(folder)
+                    write_pseudo_labels(run, model, target, folder, cfg.distill_size)
+                labelled = labelled.with_maps(folder)
             model = run.network("v2", classes)                              # the student
-            run.watch(model, test, classes)
-            self_distill(run, cfg, model, target)
-            run.evaluate("distill", model, test, classes, both)
+            frozen = {"auto": model.frozen_bn if cfg.source == "synthia" else "none"}
+            model.freeze_bn(frozen.get(cfg.distill_freeze_bn, cfg.distill_freeze_bn))
+            run.watch(model, test_large, classes)
+            self_distill(run, cfg, model, labelled)
+            run.evaluate("distill", model, test_large, classes, both)
     if cfg.ccd:
         report_class_center_distance(run, cfg, model, analysed, classes)
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import inspect
 import math
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -14,8 +16,8 @@ import torch
 from torch import nn
 
 import fada
-from common.data import find_pairs
-from common.deeplab import build_model
+from common.data import Augment, SegmentationDataset, find_pairs
+from common.deeplab import DeepLab, build_model
 from common.run import Run
 
 IGNORE = 255
@@ -300,7 +302,7 @@ class StubRun:
     parallel, share, gathered, item_seeds = Run.parallel, Run.share, Run.gathered, Run.item_seeds
 
     def __init__(self, model, batches):
-        self.model, self.batches, self.gradients = model, batches, []
+        self.model, self.batches, self.gradients, self.losses = model, batches, [], []
 
     def seed(self, *names):
         torch.manual_seed(7)
@@ -311,9 +313,8 @@ class StubRun:
         return self.D
 
     def stage(self, name, iterations, state, *datasets, batch_size):
-        assert name == "adversarial" and batch_size == 4                        # Sec. 4.3: 4 + 4 images
-        assert state["model"] is self.model and state["D"] is self.D
-        assert sum(isinstance(v, torch.optim.Optimizer) for v in state.values()) == 2
+        self.called, self.state = (name, iterations, datasets, batch_size), state
+        assert state["model"] is self.model
         for it, batch in enumerate(self.batches):
             yield it, *batch
 
@@ -321,7 +322,8 @@ class StubRun:
         return contextlib.nullcontext()
 
     def report(self, **losses):
-        self.gradients.append(gradients(self.model) + gradients(self.D))
+        self.losses.append({name: loss.item() for name, loss in losses.items()})
+        self.gradients.append(gradients(self.model) + (gradients(self.D) if hasattr(self, "D") else []))
 
 
 def gradients(module):
@@ -339,6 +341,8 @@ def test_adversarial_stage_equals_the_published_two_passes(kind, monkeypatch):
                for s in range(3)]
     run, cfg = StubRun(model, batches), fada.Config(labels=kind, lambda_adv=0.5, hard_threshold=0.6)
     fada.adversarial(run, cfg, model, None, None, num_classes=3)
+    assert run.called == ("adversarial", 40_000, (None, None), 4)               # Sec. 4.3: 4 + 4 images
+    assert run.state.keys() == {"model", "D", "optimizer", "optimizer_D"} and run.state["D"] is run.D
 
     D = run.first_D
     sgd = torch.optim.SGD(reference.parameters(), lr=2.5e-4, momentum=0.9, weight_decay=1e-4)
@@ -361,6 +365,37 @@ def test_adversarial_stage_equals_the_published_two_passes(kind, monkeypatch):
         sgd.step()
         adam.step()
     for a, b in zip([*model.parameters(), *run.D.parameters()], [*reference.parameters(), *D.parameters()]):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["source", "distill"])
+def test_the_other_stages_minimise_eq_3(name):
+    """SGD written out, on the labels of the source stage or on the pseudo labels of self-distillation."""
+    torch.manual_seed(0)
+    model = TinyNet().double()
+    reference = copy.deepcopy(model)
+    images, maps = [random(2, 3, 7, 9, seed=s) for s in range(3)], [labels(2, 7, 9, K=3, seed=s) for s in range(3)]
+    cfg, data = fada.Config(lr=0.03, momentum=0.8, weight_decay=0.02, distill_iterations=55, batch_size=6), object()
+    batches = [((x, y),) if name == "source" else ((x, torch.full_like(y, IGNORE), y),) for x, y in zip(images, maps)]
+    run = StubRun(model, batches)
+    if name == "source":
+        fada.train_source(run, cfg, model, data, 55)
+    else:
+        fada.self_distill(run, cfg, model, data)
+    assert run.called == (name, 55, (data,), 6) and run.state.keys() == {"model", "optimizer"}
+
+    weights = [p for p in reference.parameters() if p.requires_grad]
+    velocity = [torch.zeros_like(p) for p in weights]
+    for (x, y), reported in zip(zip(images, maps), run.losses, strict=True):
+        p = nn.functional.interpolate(reference(x)[1], y.shape[1:], mode="bilinear", align_corners=True).softmax(dim=1)
+        n, i, j = (y != IGNORE).nonzero(as_tuple=True)
+        loss = -p[n, y[n, i, j], i, j].log().mean()
+        assert reported == {"seg": pytest.approx(loss.item(), rel=1e-10)}
+        with torch.no_grad():
+            for w, v, grad in zip(weights, velocity, torch.autograd.grad(loss, weights)):
+                v.copy_(0.8 * v + grad + 0.02 * w)
+                w -= 0.03 * v
+    for a, b in zip(model.parameters(), reference.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
 
 
@@ -447,16 +482,16 @@ def test_report_pairs_each_feature_with_its_own_label(capsys):
         feat_channels = 4
 
         def forward(self, x):
-            return x[:, :, ::2, ::2], None                                      # the nearest pixel of the grid
+            return x[:, :, 1::3, 1::3], None                                    # of three pixels the middle one
 
-    domains = {d: [(random(1, 4, 4, 6, seed=s), labels(1, 4, 6, K=3, seed=s)) for s in seeds]
+    domains = {d: [(random(1, 4, 6, 9, seed=s), labels(1, 6, 9, K=3, seed=s)) for s in seeds]
                for d, seeds in {"source": (1, 2, 3), "target": (4, 5)}.items()}
     fada.report_class_center_distance(Sweep(), fada.Config(), Double(), domains, Names(range(3)))
     domains["both"] = domains["source"] + domains["target"]
     lines = capsys.readouterr().out.splitlines()
     printed = {line.split()[0]: [float(v) for v in re.findall(r"\d+\.\d+", line)] for line in lines}
-    expected = [eq9(torch.tensor([v for x, _ in pairs for v in samples(x[:, :, ::2, ::2])]),
-                    torch.cat([y[:, ::2, ::2].flatten() for _, y in pairs])) for pairs in domains.values()]
+    expected = [eq9(torch.tensor([v for x, _ in pairs for v in samples(x[:, :, 1::3, 1::3])]),
+                    torch.cat([y[:, 1::3, 1::3].flatten() for _, y in pairs])) for pairs in domains.values()]
     for k, name in enumerate(Names.names):
         assert printed[name] == pytest.approx([values[k] for values in expected], abs=6e-4)
     assert printed["mean"] == pytest.approx([sum(values) / 3 for values in expected], abs=6e-4)
@@ -504,13 +539,169 @@ def test_what_the_paper_does_not_give_says_so(capsys):
             assert "(Sec." in shown
 
 
+# ------------------------------------------------------------------------------------ what a stage is handed
+
+
+STAGES = ("train_source", "adversarial", "write_pseudo_labels", "self_distill")
+SMALL = ("--backbone resnet18 --init none --workers 0 --freeze-bn encoder --source-size 80x40 --target-size 48x24 --crop 40x20 "
+         "--jitter 0.3 --lr 0.003 --momentum 0.8 --weight-decay 0.02 --batch-size 2 --source-iterations 2 "
+         "--adversarial-iterations 3 --distill-iterations 1 --distill-size 112x56 --distill-crop 56x28 --distill-scale 0.6 1.2 "
+         "--test-scales 0.5 1.0")
+FROZEN, TRAINED = {(False, False)}, {(True, True)}                              # (in training mode, has a gradient)
+
+
+@pytest.fixture
+def uneven(city, tmp_path):
+    """The tiny city with 5 source, 8 target and 3 validation images."""
+    root = shutil.copytree(city, tmp_path / "city")
+    for domain in ("gta5", "synthia"):
+        for pair in find_pairs(root, domain)[5:]:
+            pair.image.unlink()
+            pair.label.unlink()
+    return root
+
+
+def described(value):
+    """What matters of what a stage is handed."""
+    if isinstance(value, SegmentationDataset):
+        split = {split for pair in value.pairs for split in ("train", "val") if split in pair.image.parts}
+        return {"domain": value.dataset, "split": split, "images": len(value), "size": value.size, "augment": value.augment,
+                "labelled": all(pair.label for pair in value.pairs), "alter": value.alter, "maps": len(value.maps)}
+    if isinstance(value, nn.Module):
+        norms = {(m.training, m.weight.requires_grad) for m in value.modules() if isinstance(m, nn.BatchNorm2d)}
+        return {"weights": {key: x.clone() for key, x in value.state_dict().items()}, "norms": norms}
+    return value
+
+
+class Wiring:
+    """Runs fada.main with its stages, optimizers, data sets and networks watched; `log` holds what they were handed."""
+
+    def __init__(self, monkeypatch):
+        self.log, self.patch = [], monkeypatch
+        for name in STAGES:
+            self.watch(fada, name, lambda given: {k: described(v) for k, v in given.items()})
+        self.watch(fada, "sgd", lambda given: None)
+        self.watch(SegmentationDataset, "__getitem__", lambda given: (described(given["self"]), given["key"]))
+        self.watch(DeepLab, "forward", lambda given: None if given["self"].training else given["x"])
+
+    def watch(self, owner, name, record):
+        function = getattr(owner, name)
+
+        def watched(*args, **kwargs):
+            given = inspect.signature(function).bind(*args, **kwargs).arguments
+            self.log.append((name, record(given)))
+            result = function(*args, **kwargs)
+            if name in STAGES:
+                self.log.append((f"end of {name}", {k: described(v) for k, v in given.items()}))
+            elif name == "sgd":
+                self.log[-1] = name, [dict(group) for group in result.param_groups]
+            return result
+        self.patch.setattr(owner, name, watched)
+
+    def run(self, *argv):
+        """Returns: stage -> (handed, the same at its end, views of the evaluation after it); None for what preceded."""
+        self.log.clear()
+        fada.main([*SMALL.split(), *argv])
+        stages, handed = {None: [None, None, []]}, None
+        for name, what in self.log:
+            if name in STAGES:
+                stages[handed := name] = [what, None, []]
+            elif name.startswith("end of"):
+                stages[handed][1] = what
+            elif name == "sgd":
+                rates = sorted({group["lr"] for group in what})
+                assert rates == pytest.approx([0.003, 0.03]) and {g["momentum"] for g in what} == {0.8}, what
+                assert {g["weight_decay"] for g in what} == {0.02}
+            elif stages[handed][1] is not None or handed is None:               # after a stage: its evaluation
+                stages[handed][2].append(what)
+        return stages
+
+
+def same(a, b):
+    return all(torch.equal(a["weights"][key], b["weights"][key]) for key in a["weights"])
+
+
+def check_evaluation(looked, size, scales=(1.0,)):
+    """On the validation images, at this size; with several scales also at those and flipped."""
+    items = [x for x in looked if isinstance(x, tuple)]
+    views = [x for x in looked if isinstance(x, torch.Tensor)]
+    data = {"domain": "cityscapes", "split": {"val"}, "images": 3, "size": size, "augment": Augment(), "labelled": True,
+            "alter": None, "maps": 0}
+    assert items and all(item == data and isinstance(key, int) for item, key in items)
+    shapes = {(round(scale * size.height), round(scale * size.width)) for scale in (1.0, *scales)}
+    assert {tuple(x.shape[-2:]) for x in views} == shapes
+    flipped = {tuple(x.shape[-2:]) for x in views for y in views if x.shape == y.shape and torch.equal(x, y.flip(-1))}
+    assert flipped == (shapes if len(scales) > 1 else set())
+
+
+@pytest.mark.parametrize("source, norms", [("gta5", TRAINED), ("synthia", FROZEN)])
+def test_each_stage_is_handed_what_it_should_be(source, norms, uneven, tmp_path, monkeypatch):
+    wiring, where = Wiring(monkeypatch), ["--data", str(uneven), "--runs", str(tmp_path), "--source", source]
+    small, middle, large = fada.Size(80, 40), fada.Size(48, 24), fada.Size(112, 56)
+    moved = Augment(flip=True, jitter=0.3, crop=fada.Size(40, 20))
+    of_source = {"domain": source, "split": set(), "images": 5, "size": small,
+                 "augment": moved, "labelled": True, "alter": None, "maps": 0}
+    of_target = {"domain": "cityscapes", "split": {"train"}, "images": 8, "size": middle, "augment": moved, "labelled": False,
+                 "alter": None, "maps": 0}
+    distilled = {**of_target, "size": large, "maps": 1,
+                 "augment": Augment(flip=True, jitter=0.3, scale=(0.6, 1.2), crop=fada.Size(56, 28))}
+
+    stages = wiring.run(*where)
+    assert tuple(stages) == (None, *STAGES)
+    first, second, labelling, third = (stages[name][0] for name in STAGES)
+    adapted = stages["adversarial"][1]["model"]
+    assert first["source"] == second["source"] == of_source and first["iterations"] == 2
+    assert second["target"] == labelling["target"] == of_target and labelling["size"] == large
+    assert third["target"] == distilled
+    assert first["model"]["norms"] == second["model"]["norms"] == FROZEN and third["student"]["norms"] == norms
+    assert same(second["model"], stages["train_source"][1]["model"]) and not same(second["model"], first["model"])
+    assert same(labelling["model"], adapted) and not same(adapted, second["model"])
+    assert same(third["student"], first["model"])                               # the student is fresh
+    check_evaluation(stages["train_source"][2], middle)
+    check_evaluation(stages["adversarial"][2], middle)
+    check_evaluation(stages["self_distill"][2], large, (0.5, 1.0))
+    if source == "synthia":
+        return
+
+    begun = str(tmp_path / "fada-gta5/source.pt")
+    stages = wiring.run(*where, "--from", begun, "--no-distill", "--tag", "from")           # Tables 5 and 6
+    assert tuple(stages) == (None, *STAGES[:2]) and same(stages["adversarial"][0]["model"], second["model"])
+    check_evaluation(stages["adversarial"][2], middle, (0.5, 1.0))
+
+    begun = str(tmp_path / "fada-gta5/adversarial.pt")
+    stages = wiring.run(*where, "--from", begun, "--distill-freeze-bn", "all", "--tag", "frozen")
+    assert same(stages["write_pseudo_labels"][0]["model"], adapted) and stages["self_distill"][0]["target"] == distilled
+    student = stages["self_distill"][0]["student"]
+    assert student["norms"] == FROZEN and same(student, first["model"])
+
+    check_evaluation(wiring.run(*where, "--eval")[None][2], large, (0.5, 1.0))
+    check_evaluation(wiring.run(*where, "--eval", "--from", begun)[None][2], middle, (0.5, 1.0))
+
+    bound = wiring.run(*where, "--target-labels", "--stage", "source", "--tag", "bound")["train_source"]
+    assert bound[0]["source"] == {**of_target, "labelled": True} and bound[0]["iterations"] == 2 + 3
+    check_evaluation(bound[2], middle)
+
+
+def test_sizes_of_self_distillation(capsys):
+    default = fada.with_sizes(fada.Config())
+    assert (default.target_size, default.distill_crop, default.distill_size) == ((1024, 512), (1024, 512), (2048, 1024))
+    assert default.distill_scale == (0.5, 1.5)
+    own = fada.with_sizes(fada.Config(target_size=fada.Size(96, 64), distill_size=fada.Size(100, 70)))
+    assert (own.distill_size, own.distill_crop) == ((100, 70), (96, 64))
+    for flags, words in (("--distill-scale 1.5 0.5", "is no range"), ("--distill-scale 1", "is no range"),
+                         ("--distill-crop 1000x600 --distill-size 800x300", "larger than the images")):
+        with pytest.raises(SystemExit) as stop:
+            fada.main(flags.split())
+        assert stop.value.code == 2 and words in capsys.readouterr().err
+
+
 # ---------------------------------------------------------------------------------------- on files
 
 
 def test_ablations_share_a_source_model_and_the_student_learns_the_argmax(city, tmp_path, capsys):
     common = ["--data", str(city), "--runs", str(tmp_path), "--backbone", "resnet18", "--init", "none", "--batch-size", "2",
               "--source-size", "64x32", "--target-size", "64x32", "--workers", "0", "--source-iterations", "2",
-              "--adversarial-iterations", "2", "--distill-iterations", "1"]
+              "--adversarial-iterations", "2", "--distill-iterations", "1", "--distill-size", "120x70"]
     fada.main([*common, "--stage", "source"])
     source = str(tmp_path / "fada-gta5/source.pt")
     states = {}
@@ -525,12 +716,13 @@ def test_ablations_share_a_source_model_and_the_student_learns_the_argmax(city, 
     model.load_state_dict(torch.load(tmp_path / "fada-gta5-distilled/adversarial.pt", weights_only=True)["state"]["model"])
     classes = fada.class_list("gta5")
     pairs = find_pairs(city, "cityscapes", "train", labels=False)
-    target = fada.SegmentationDataset(pairs, "cityscapes", classes, fada.Size(64, 32))
+    target, large = (fada.SegmentationDataset(pairs, "cityscapes", classes, size)
+                     for size in (fada.Size(64, 32), fada.Size(120, 70)))
     for k, pair in enumerate(pairs):
         with torch.no_grad():
             _, logits = model.eval()(target[k][0][None])
-        label = fada.upsample(logits, (32, 64)).argmax(dim=1)[0]
-        written = target.with_maps(tmp_path / "fada-gta5-distilled/pseudo_labels")[k][3]
+        label = nn.functional.interpolate(logits, (70, 120), mode="bilinear", align_corners=True).argmax(dim=1)[0]
+        written = large.with_maps(tmp_path / "fada-gta5-distilled/pseudo_labels")[k][3]
         assert torch.equal(written, label), pair.name
 
     capsys.readouterr()

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -25,8 +26,7 @@ from torchvision.models import vgg
 from torchvision.models.resnet import Bottleneck
 
 from common.cli import UserError
-from common.data import load_tensors
-from common.published import ConvertInput, Structure, Weights, recognise, unwrap
+from common.published import ConvertInput, Structure, Weights, load_foreign, recognise, unwrap
 
 # The weights of the papers' years; torchvision's later IMAGENET1K_V2 come from a stronger training recipe.
 IMAGENET = {
@@ -35,6 +35,8 @@ IMAGENET = {
     "resnet18": models.ResNet18_Weights.IMAGENET1K_V1,
     "vgg16": models.VGG16_Weights.IMAGENET1K_V1,
 }
+
+FREEZE_BN = ("all", "encoder", "affine", "none")
 
 
 def upsample(logits: Tensor, size: tuple[int, int]) -> Tensor:
@@ -103,12 +105,19 @@ def init_convs(module: nn.Module) -> nn.Module:
 
 
 class BatchNorm(nn.BatchNorm2d):
-    """Batch norm that uses its running statistics where it sees one value a channel, instead of raising."""
+    """Batch norm that uses and keeps its running statistics where it sees one or two values per channel, as that of image
+    pooling does at batch 1 or 2 (per process). Two values normalised by their own statistics give little but the sign of
+    their difference, and the loss a curvature that is 40 times higher."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.numel() == x.shape[1]:
+        if x.numel() <= 2 * x.shape[1]:
             return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
         return super().forward(x)
+
+
+def batch_norms(module: nn.Module) -> list[nn.Module]:
+    """All batch norms in a module."""
+    return [m for m in module.modules() if isinstance(m, _BatchNorm)]
 
 
 def conv_bn_relu(in_channels: int, out_channels: int, kernel: int = 1, dilation: int = 1) -> nn.Sequential:
@@ -187,9 +196,9 @@ class DeepLab(nn.Module):
             self.prepare = ConvertInput(structure.input).to(next(self.parameters()))
         if isinstance(self.encoder, models.ResNet):
             self.encoder.maxpool.ceil_mode = structure.ceil_mode
+        for m in batch_norms(self.encoder):
+            m.eps = structure.bn_eps
         for m in self.encoder.modules():
-            if isinstance(m, _BatchNorm):
-                m.eps = structure.bn_eps
             if isinstance(m, Bottleneck):
                 strides = (1, 1), max(m.conv1.stride, m.conv2.stride)
                 m.conv1.stride, m.conv2.stride = reversed(strides) if structure.stride_first else strides
@@ -198,27 +207,22 @@ class DeepLab(nn.Module):
         """Freeze the batch norms of "all" modules, of the "encoder", or of "none" (which thaws them).
 
         Frozen means, also after `model.train()`, that the running statistics are used and kept and that the affine
-        parameters get no gradient. Call it before `parameter_groups`. Raises ValueError for another word.
+        parameters get no gradient. "affine" freezes only the affine parameters of the encoder's: batch statistics are used,
+        running statistics updated. Call it before `parameter_groups`. Raises ValueError for another word.
         """
-        if which not in ("all", "encoder", "none"):
-            raise ValueError(f"freeze_bn must be all, encoder or none, not {which!r}")
+        if which not in FREEZE_BN:
+            raise ValueError(f"freeze_bn must be one of {', '.join(FREEZE_BN)}, not {which!r}")
         self.frozen_bn = which
-        for m in self.modules():
-            if isinstance(m, _BatchNorm):
-                m.requires_grad_(True)
-        for m in self._frozen():
-            m.requires_grad_(False)
+        fixed = batch_norms({"all": self, "none": nn.Identity()}.get(which, self.encoder))
+        for m in batch_norms(self):
+            m.requires_grad_(m not in fixed)
         self.train(self.training)
 
     def train(self, mode: bool = True) -> DeepLab:
         super().train(mode)
-        for m in self._frozen():
+        for m in batch_norms({"all": self, "encoder": self.encoder}.get(self.frozen_bn, nn.Identity())):
             m.eval()
         return self
-
-    def _frozen(self) -> list[nn.Module]:
-        root = {"all": self, "encoder": self.encoder, "none": nn.Identity()}[self.frozen_bn]
-        return [m for m in root.modules() if isinstance(m, _BatchNorm)]
 
     def parameter_groups(self, lr: float, encoder_rate: float = 1.0) -> list[dict]:
         """Groups for an optimizer, trainable parameters only: the encoder at encoder_rate * lr, v2's head at 10 * lr, the
@@ -307,7 +311,7 @@ def check_choice(network: str, backbone: str) -> None:
 
 
 def build_model(network: str, backbone: str, num_classes: int, init: str = "imagenet", freeze_bn: str = "auto",
-                partial_init: bool = False, branches: int | None = None) -> DeepLab:
+                partial_init: bool = False, branches: int | None = None, input: str | None = None) -> DeepLab:
     """A network with its initial weights, and its batch norms frozen as asked.
 
     Args:
@@ -315,22 +319,24 @@ def build_model(network: str, backbone: str, num_classes: int, init: str = "imag
         backbone: "resnet101", "resnet50", "resnet18" or, for v2, "vgg16".
         num_classes: K, channels of the logits.
         init: "imagenet", "none" (random) or the path of a state dict or checkpoint; see `load_weights`.
-        freeze_bn: "all", "encoder", "none", or "auto": "none" where init is "none", else "encoder".
+        freeze_bn: "all", "encoder", "affine", "none" (see `DeepLab.freeze_bn`), or "auto": "none" where init is "none",
+            else "encoder".
         partial_init: accept a file that does not fill the encoder or whose head has another class count.
         branches: how many branches the head of a Caffe-style file sums; None: see published.summed_branches.
+        input: what a file's network expects, a key of published.INPUTS; None: as recognised.
     Raises: UserError for an unknown choice and for weights that cannot be had, cannot be read or do not fit.
     """
     check_choice(network, backbone)
-    if freeze_bn not in ("auto", "all", "encoder", "none"):
-        raise UserError(f"unknown freeze-bn {freeze_bn!r}: choose one of auto, all, encoder, none")
+    if freeze_bn not in ("auto", *FREEZE_BN):
+        raise UserError(f"unknown freeze-bn {freeze_bn!r}: choose one of auto, {', '.join(FREEZE_BN)}")
     model = (DeepLabV2 if network == "v2" else DeepLabV3Plus)(backbone, num_classes)
-    load_weights(model, init, partial_init, branches)
+    load_weights(model, init, partial_init, branches, input)
     model.freeze_bn({"auto": "none" if init == "none" else "encoder"}.get(freeze_bn, freeze_bn))
     return model
 
 
 def load_weights(model: DeepLab, init: str | Path, partial: bool = False, branches: int | None = None,
-                 flag: str = "--init") -> str:
+                 input: str | None = None, flag: str = "--init") -> str:
     """Load weights into `model` in place, print what matched, and return the printed line.
 
     A file holds torchvision's names (its classifier is left out), this project's names, a checkpoint of this project, an
@@ -341,7 +347,7 @@ def load_weights(model: DeepLab, init: str | Path, partial: bool = False, branch
         model: unchanged where an error is raised.
         init: "imagenet", "none" (nothing is done) or a path.
         partial: accept missing encoder keys and a head of another class count; what fits is loaded.
-        branches: as for `build_model`.
+        branches, input: as for `build_model`.
         flag: gave the path, for messages.
     Raises: UserError naming the file and the way out.
     """
@@ -350,6 +356,8 @@ def load_weights(model: DeepLab, init: str | Path, partial: bool = False, branch
     where = f"{flag} {init}"
     content = imagenet_weights(model.backbone) if init == "imagenet" else read_file(init, flag)
     weights = recognise(content, where, init, branches)
+    if input is not None and init != "imagenet":
+        weights.structure = replace(weights.structure, input=input)
     if weights.network not in ("", model.network):
         scripts = {"v2": "fada.py and sim.py", "v3+": "bismap.py, c2f.py and cag.py"}[weights.network]
         raise UserError(f"{where} is {weights.family}, but this script's network is DeepLab {model.network}: the file is for "
@@ -421,10 +429,10 @@ def imagenet_weights(backbone: str) -> dict:
 
 
 def read_file(path: str | Path, flag: str = "--init"):
-    """What a file holds that torch.save wrote, read without running code from it. A UserError otherwise, in which `flag`
-    named the file."""
+    """What a file holds that torch.save wrote, see `published.load_foreign`. A UserError otherwise, in which `flag` named
+    the file."""
     try:
-        return load_tensors(path)
+        return load_foreign(path)
     except OSError as error:
         raise UserError(f"{flag} {path} cannot be read ({error.strerror}); give another path") from error
     except Exception as error:    # a damaged file raises almost anything, and torch's own text advises unsafe loading

@@ -3,18 +3,21 @@
     family                       recognised by                                   what its structure differs in
     AdaptSegNet, SIM, ADVENT     layer6.conv2d_list (layer5: an unused head)     Caffe's ResNet, BGR; two or four branches
     BDL, FDA                     layer5.conv2d_list                              Caffe's ResNet, BGR
-    FADA                         feature_extractor and classifier                frozen batch norm without eps
+    FADA                         feature_extractor and classifier                frozen batch norm without eps; VGG-16: BGR
     CAG                          decoder.last_conv.8                             RGB in [0, 1], not normalised
     BiSMAP                       decoder.last_conv.7                             nothing
     exports of this project      classifier.head, and a JSON file beside it      as the JSON file says
 
 Nothing here builds a network: `recognise` says what a file holds, and `DeepLab.configure` takes its structure.
+What the names do not tell, such as the input of Caffe's VGG-16 under torchvision's names, `--input` says.
 """
 
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, field, fields
+import zipfile
+from collections import OrderedDict
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from common.cli import UserError
-from common.data import IMAGENET_MEAN, IMAGENET_STD
+from common.data import IMAGENET_MEAN, IMAGENET_STD, NUMPY_VALUES, load_tensors
 
 
 class Input(NamedTuple):
@@ -34,10 +37,12 @@ class Input(NamedTuple):
     std: tuple[float, ...]
 
 
+CAFFE_MEAN = (104.00698793, 116.66876762, 122.67891434)        # BGR; VGG-16's authors have 103.939, 116.779, 123.68
 INPUTS = {
     "imagenet": Input("RGB", 1.0, IMAGENET_MEAN, IMAGENET_STD),
     "rgb": Input("RGB", 1.0, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)),
-    "bgr": Input("BGR", 255.0, (104.00698793, 116.66876762, 122.67891434), (1.0, 1.0, 1.0)),
+    "rgb255": Input("RGB", 255.0, CAFFE_MEAN[::-1], (1.0, 1.0, 1.0)),
+    "bgr255": Input("BGR", 255.0, CAFFE_MEAN, (1.0, 1.0, 1.0)),
 }
 
 
@@ -57,6 +62,8 @@ class Structure:
         """From what `asdict` gave; None is the default. Raises: UserError naming the file if it is something else."""
         try:
             structure = Structure(**(values or {}))
+            if structure.input == "bgr":                                   # the name in files of earlier versions
+                structure = replace(structure, input="bgr255")
             for entry in fields(Structure):
                 value, default = getattr(structure, entry.name), entry.default
                 if type(value) is not type(default):
@@ -74,12 +81,30 @@ class Structure:
         parts += ["pooling rounded up"] * self.ceil_mode
         parts += [f"a head of {self.branches} branches"] * (self.branches != 4)
         parts += [f"batch norm eps {self.bn_eps:g}"] * (self.bn_eps != 1e-5)
-        expected = INPUTS[self.input]
-        known = {"imagenet": "ImageNet's mean and std", "rgb": "in [0, 1]", "bgr": "0-255 minus Caffe's mean"}
-        return ", ".join([*parts, f"input {expected.channels} {known[self.input]}"])
+        values = {"imagenet": "ImageNet's mean and std", "rgb": "in [0, 1]"}.get(self.input, "0-255 minus Caffe's mean")
+        return ", ".join([*parts, f"input {INPUTS[self.input].channels} {values}"])
 
 
-CAFFE = Structure(stride_first=True, dilate_first=True, ceil_mode=True, input="bgr")
+CAFFE = Structure(stride_first=True, dilate_first=True, ceil_mode=True, input="bgr255")
+
+
+class Stub:
+    """What `load_foreign` makes of every class and function that it does not know: called or built, an empty dict, into which
+    the file may put plain values. The name in the file is only compared with a list; nothing is imported."""
+
+    def __new__(cls, *args, **kwargs):
+        return OrderedDict()
+
+
+def load_foreign(path: str | Path):
+    """`data.load_tensors` for a file of another project, which may hold its authors' objects beside the weights (BiSMAP's
+    settings, a scheduler, an optimizer): they become stubs. As there, no code of the file runs."""
+    unknown: list[str] = []
+    if zipfile.is_zipfile(path):                                           # as torch.save writes since 1.6
+        with torch.serialization.safe_globals(NUMPY_VALUES):
+            unknown = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+    with torch.serialization.safe_globals([(Stub, name) for name in unknown]):
+        return load_tensors(path)
 
 
 class ConvertInput(nn.Module):
@@ -118,8 +143,8 @@ class Weights:
 
     @property
     def description(self) -> str:
-        """For the printed line: family, structure, what was left out."""
-        return "".join(f"{part}; " for part in (self.family, self.structure, *self.left_out)) if self.family else ""
+        """For the printed line: family, structure and input, what was left out."""
+        return "".join(f"{part}; " for part in (self.family, self.structure, *self.left_out) if part)
 
 
 # Entries in which the state dict is wrapped: by this project (state, model), by CAG and BiSMAP (named by the class), by others.
@@ -127,6 +152,10 @@ WRAPPERS = ("state", "model", "state_dict", "model_state", "model_state_dict", "
 
 RESNET = ("conv1.", "bn1.", "layer1.", "layer2.", "layer3.", "layer4.")
 FADA = {"backbone.": "encoder.", "classifier.conv2d_list.": "head.branches."}
+# A plain list of layers without pool4, so that the layers of conv5 stand one place lower than torchvision's; then fc6 and fc7.
+FADA_VGG = {**{f"backbone.{k}.": f"encoder.features.{k}." for k in range(23)},
+            **{f"backbone.{k}.": f"encoder.features.{k + 1}." for k in range(23, 29)},
+            "backbone.29.": "fc6.", "backbone.31.": "fc7.", "classifier.conv2d_list.": "head.branches."}
 V3PLUS = {
     "backbone.": "encoder.",
     **{f"aspp.aspp{k + 1}.atrous_conv.": f"aspp.branches.{k}.0." for k in range(4)},
@@ -204,6 +233,8 @@ def recognise(content, where: str, path: str | Path | None = None, branches: int
         # Its frozen batch norm, which has no counter, divides by the root of the variance as it is.
         counted = any(key.endswith("num_batches_tracked") for key in found)
         return published(found, FADA, Structure() if counted else Structure(bn_eps=0.0), "FADA", "v2", beside)
+    if has("backbone.0.", "backbone.31.", "classifier.conv2d_list."):
+        return published(found, FADA_VGG, Structure(input="bgr255"), "FADA, VGG-16", "v2", beside)
     if any(map(has, (*RESNET, "features."))):                              # torchvision's names
         state = {f"encoder.{key}": value for key, value in found.items() if not key.startswith(("fc.", "classifier."))}
         return Weights(state, {key: key.removeprefix("encoder.") for key in state}, classifier=len(found) - len(state))

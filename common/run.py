@@ -51,6 +51,8 @@ class Options:
     init: str = option("imagenet", "initial weights: imagenet, none, or a file, also of the projects that the README lists")
     branches: int | None = option(None, "branches that the head of an --init or --from file sums: 2 in AdaptSegNet and SIM, 4 "
                                   "in ADVENT, BDL, FDA; automatic: 2 where the others were never trained", choices=(2, 4))
+    input: str | None = option(None, "input of the network in an --init file or a published --from file: channels and range; "
+                               "automatic: as the file's names tell", choices=("imagenet", "rgb", "rgb255", "bgr255"))
     partial_init: bool = option(False, "accept an --init file that lacks weights of the encoder")
     target_labels: bool = option(False, "train the source stage on the labelled target: an upper bound, not adaptation")
     runs: str = option("runs", "folder that holds the run folders", identity=False)
@@ -301,7 +303,7 @@ class Run:
         self.seed("model")
         init = "none" if self.options.eval and self.options.from_ else self.options.init
         return self.place(build_model(kind, self.cfg.backbone, len(classes), init, self.cfg.freeze_bn,
-                                      self.options.partial_init, self.options.branches))
+                                      self.options.partial_init, self.options.branches, self.options.input))
 
     @property
     def float64_device(self) -> torch.device:
@@ -332,7 +334,7 @@ class Run:
         if "state" in checkpoint:
             restore_model(checkpoint, model)
         else:
-            load_weights(model, path, branches=self.options.branches, flag="--from")
+            load_weights(model, path, branches=self.options.branches, input=self.options.input, flag="--from")
             if not model.filled:
                 raise UserError(f"--from {path} has no head, so no stage can start from it; give it to --init")
 

@@ -11,8 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torchvision import models
+from torchvision.transforms.v2.functional import normalize
 
 from common.cli import UserError
+from common.data import IMAGENET_MEAN, IMAGENET_STD
 from common.deeplab import (
     ASPP,
     DeepLabV2,
@@ -149,29 +151,33 @@ def test_wrong_input_is_named(shape):
         on_meta("v2", "resnet18")(torch.zeros(shape, device="meta"))
 
 
-def test_image_pooling_at_batch_one_uses_running_statistics():
+@pytest.mark.parametrize("N", [1, 2, 3])
+def test_image_pooling_at_batch_one_or_two_uses_running_statistics(N):
     torch.manual_seed(0)
-    aspp = ASPP(4).train()
+    aspp = ASPP(4).double().train()
     norm = aspp.pool[1]
     norm.running_mean.normal_()
+    norm.running_var.uniform_(0.5, 2)
+    nn.init.uniform_(norm.weight)
     before = copy.deepcopy(norm.state_dict())
-    x = torch.randn(1, 4, 5, 6)
-    pooled = aspp.pool(x.mean(dim=(2, 3), keepdim=True))
-    assert all(torch.equal(v, before[k]) for k, v in norm.state_dict().items())
-    torch.testing.assert_close(pooled, copy.deepcopy(aspp.pool).eval()(x.mean(dim=(2, 3), keepdim=True)))
-    assert aspp(x).shape == (1, 256, 5, 6)
-    two = aspp.pool(torch.randn(2, 4, 1, 1))                        # two values a channel: batch statistics again
-    assert two.shape == (2, 256, 1, 1) and norm.num_batches_tracked == 1
+    x = torch.randn(N, 4, 5, 6, dtype=torch.float64)
+    y = torch.einsum("nchw,dc->nd", x, aspp.pool[0].weight[:, :, 0, 0]) / 30     # (N, 256): all that the norm sees
+    mean, var = (y.mean(0), y.var(0, unbiased=False)) if N == 3 else (before["running_mean"], before["running_var"])
+    expected = ((y - mean) / (var + norm.eps).sqrt() * norm.weight + norm.bias).relu()
+    pooled = aspp(x)                                                # the whole block, its other norms on batch statistics
+    kept = all(torch.equal(value, before[key]) for key, value in norm.state_dict().items())
+    assert pooled.shape == (N, 256, 5, 6) and kept == (N < 3) and aspp.branches[0][1].num_batches_tracked == 1
+    torch.testing.assert_close(aspp.pool(x.mean(dim=(2, 3), keepdim=True))[..., 0, 0], expected)
 
 
 # ---------------------------------------------------------------------------------------------- frozen batch norm
 
-def batch_norms(model: nn.Module) -> dict[str, nn.Module]:
+def named_norms(model: nn.Module) -> dict[str, nn.Module]:
     return {name: m for name, m in model.named_modules() if isinstance(m, nn.BatchNorm2d)}
 
 
 def bn_state(model: nn.Module) -> dict[str, dict]:
-    return {name: copy.deepcopy(m.state_dict()) for name, m in batch_norms(model).items()}
+    return {name: copy.deepcopy(m.state_dict()) for name, m in named_norms(model).items()}
 
 
 def test_frozen_batch_norm_stays_as_it_is():
@@ -181,7 +187,7 @@ def test_frozen_batch_norm_stays_as_it_is():
     model.train()
     before, conv = bn_state(model), model.encoder.conv1.weight.detach().clone()
     optimizer = torch.optim.SGD(model.parameter_groups(0.1), momentum=0.9, weight_decay=0.1)
-    images = torch.randn(2, 3, 17, 17)
+    images = torch.randn(3, 3, 17, 17)
     model(images)[1].square().mean().backward()
     optimizer.step()
     after = bn_state(model)
@@ -197,7 +203,35 @@ def test_frozen_batch_norm_stays_as_it_is():
         model(images)
     for name, state in bn_state(model).items():
         assert all(torch.equal(value, after[name][key]) for key, value in state.items()), name
-    assert not any(p.requires_grad for m in batch_norms(model).values() for p in m.parameters())
+    assert not any(p.requires_grad for m in named_norms(model).values() for p in m.parameters())
+
+
+def test_affine_freezes_the_encoders_parameters_and_not_its_statistics():
+    torch.manual_seed(0)
+    model = build_model("v3+", "resnet18", 3, init="none", freeze_bn="affine").double()
+    model.eval()
+    model.train()
+    before = bn_state(model)
+    optimizer = torch.optim.SGD(model.parameter_groups(0.1), momentum=0.9, weight_decay=0.1)
+    images = 3 + torch.randn(3, 3, 33, 33, dtype=torch.float64)
+    feat = model.encoder.bn1(model.encoder.conv1(images))           # batch statistics, whatever has been running
+    torch.testing.assert_close(feat.mean(dim=(0, 2, 3)), model.encoder.bn1.bias, atol=1e-9, rtol=0)
+    torch.testing.assert_close(feat.std(dim=(0, 2, 3), correction=0), model.encoder.bn1.weight, atol=1e-3, rtol=0)
+    model(images)[1].square().mean().backward()
+    optimizer.step()
+    for name, state in bn_state(model).items():
+        for key, value in state.items():
+            fixed = name.startswith("encoder.") and key in ("weight", "bias")
+            assert torch.equal(value, before[name][key]) == fixed, (name, key)
+    model.eval()
+    assert not any(m.training for m in named_norms(model).values())
+    model.train()
+    model.freeze_bn("none")
+    assert all(m.training and m.weight.requires_grad for m in named_norms(model).values())
+    model.freeze_bn("all")
+    model.freeze_bn("affine")
+    assert all(m.training and m.weight.requires_grad == (not name.startswith("encoder."))
+               for name, m in named_norms(model).items())
 
 
 def test_freezing_can_be_changed():
@@ -206,7 +240,7 @@ def test_freezing_can_be_changed():
     assert model.low[1].training and model.low[1].weight.requires_grad
     assert not model.encoder.bn1.training and not model.encoder.bn1.weight.requires_grad
     model.freeze_bn("none")
-    assert model.training and all(m.training and m.weight.requires_grad for m in batch_norms(model).values())
+    assert model.training and all(m.training and m.weight.requires_grad for m in named_norms(model).values())
     with pytest.raises(ValueError, match="encoder"):
         model.freeze_bn("head")
 
@@ -229,7 +263,7 @@ def test_rates():
     model.freeze_bn("all")
     (group,) = model.parameter_groups(0.5)
     assert group["lr"] == 0.5 and all(p.requires_grad for p in group["params"])
-    assert len(group["params"]) == len(list(model.parameters())) - 2 * len(batch_norms(model))
+    assert len(group["params"]) == len(list(model.parameters())) - 2 * len(named_norms(model))
     rest, encoder = model.parameter_groups(0.5, encoder_rate=0.1)
     assert (rest["lr"], encoder["lr"]) == (0.5, 0.05)
     trained = {id(p) for p in model.encoder.parameters() if p.requires_grad}
@@ -318,6 +352,22 @@ class Malicious:
         return (open, ("pwned", "w"))
 
 
+def test_the_input_of_a_file_can_be_overruled(tmp_path, capsys):
+    """Caffe's VGG-16 has torchvision's names; torchvision's own weights keep their input."""
+    path = save(tmp_path, DeepLabV2("vgg16", 3).encoder.state_dict())
+    pixels = torch.rand(1, 3, 16, 24)
+    for name, words, channels, range, mean, std in (
+            (None, "RGB ImageNet's mean and std", [0, 1, 2], 1, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+            ("imagenet", "RGB ImageNet's mean and std", [0, 1, 2], 1, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+            ("rgb", "RGB in [0, 1]", [0, 1, 2], 1, (0, 0, 0), (1, 1, 1)),
+            ("rgb255", "RGB 0-255 minus Caffe's mean", [0, 1, 2], 255, (122.67891434, 116.66876762, 104.00698793), (1, 1, 1)),
+            ("bgr255", "BGR 0-255 minus Caffe's mean", [2, 1, 0], 255, (104.00698793, 116.66876762, 122.67891434), (1, 1, 1))):
+        model = build_model("v2", "vgg16", 3, path, input=name)
+        assert f"--init {path}: input {words}; 26 keys matched" in capsys.readouterr().out
+        wanted = (range * pixels[:, channels] - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
+        torch.testing.assert_close(model.prepare(normalize(pixels, IMAGENET_MEAN, IMAGENET_STD)), wanted, rtol=1e-5, atol=1e-3)
+
+
 def test_init_unusable_files(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     model = on_meta("v2", "resnet18")
@@ -332,7 +382,7 @@ def test_init_unusable_files(tmp_path, monkeypatch):
     torch.save({"lr": 0.1}, tmp_path / "plain.pth")
     for name, text in [
         ("absent.pth", "No such file"), (".", "directory"), ("cut.pth", "truncated"), ("empty.pth", "truncated"),
-        ("text.pth", "another format"), ("pickle.pth", "more than tensors"), ("evil.pth", "more than tensors"),
+        ("text.pth", "another format"), ("pickle.pth", "more than tensors"), ("evil.pth", "no state dict"),
         ("list.pth", "no state dict"), ("plain.pth", "no state dict"),
     ]:
         with pytest.raises(UserError, match=text) as e:
@@ -366,9 +416,10 @@ def test_imagenet_from_the_cache(offline, capsys):
     state = models.resnet18().state_dict()
     torch.save(state, offline / "resnet18-f37072fd.pth")
     model = build_model("v2", "resnet18", 3)
-    assert "--init imagenet: 100 keys matched" in capsys.readouterr().out
+    assert "--init imagenet: input RGB ImageNet's mean and std; 100 keys matched" in capsys.readouterr().out
     assert torch.equal(model.encoder.layer4[1].conv2.weight, state["layer4.1.conv2.weight"])
     assert model.frozen_bn == "encoder"
+    assert isinstance(build_model("v2", "resnet18", 3, input="bgr255").prepare, nn.Identity)     # --input is for files
 
 
 @pytest.mark.parametrize("kwargs, text", [

@@ -8,8 +8,14 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import pickle
+import subprocess
+import sys
+import zipfile
+from collections import OrderedDict
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -23,8 +29,8 @@ import fada
 from common import data
 from common.cli import UserError
 from common.data import IMAGENET_MEAN, IMAGENET_STD
-from common.deeplab import build_model, load_weights, read_weights
-from common.published import Structure, export, recognise
+from common.deeplab import build_model, load_weights, read_file, read_weights
+from common.published import Structure, Stub, export, load_foreign, recognise
 from common.run import Options, Run, restore_model
 
 BLOCKS = {"resnet50": (3, 4, 6, 3), "resnet101": (3, 4, 23, 3)}
@@ -240,6 +246,29 @@ def save(path: Path, content, **how) -> str:
     return str(path)
 
 
+def fada_vgg_file() -> dict:
+    """FADA's VGG-16: one list of layers, pool4 and pool5 left out of it, then fc6 and fc7."""
+    state, inner = {}, 3
+    for place, out in zip((0, 2, 5, 7, 10, 12, 14, 17, 19, 21, 23, 25, 27, 29, 31),
+                          (64, 64, 128, 128, 256, 256, 256, 512, 512, 512, 512, 512, 512, 1024, 1024)):
+        state[f"backbone.{place}.weight"] = torch.randn(out, inner, 3, 3) * (2 / (9 * inner)) ** 0.5
+        state[f"backbone.{place}.bias"] = 0.1 * torch.randn(out)
+        inner = out
+    state["backbone.0.weight"] /= 50                                   # its input is in 0..255
+    return {"iteration": 40000, "feature_extractor": state, "classifier": summed_head("", 1024)}
+
+
+def fada_vgg_forward(content: dict, x: Tensor) -> Tensor:
+    state = content["feature_extractor"]
+    for place in (0, 2, "pool", 5, 7, "pool", 10, 12, 14, "pool", 17, 19, 21, 23, 25, 27, 29, 31):
+        if place == "pool":
+            x = F.max_pool2d(x, 2)
+        else:
+            d = 4 if place >= 29 else 2 if place >= 23 else 1
+            x = conv(state, f"backbone.{place}", x, dilation=d, padding=d).relu()
+    return branches(content["classifier"], "", x, 4)
+
+
 def compare(model: nn.Module, content: dict, convert, forward) -> None:
     pixels = torch.rand(1, 3, 33, 64, dtype=torch.float64)                       # 64: pooling rounded up gives one column more
     with torch.no_grad():
@@ -260,6 +289,23 @@ def test_a_family_gives_its_own_networks_logits(name, tmp_path, capsys):
     assert line.count("\n") == 1 and all(word in line for word in [path, "0 missing", *words]), line
     assert model.filled and model.frozen_bn == "encoder"
     compare(model, content, convert, forward)
+
+
+def test_fadas_vgg16(tmp_path, capsys):
+    torch.manual_seed(0)
+    content = fada_vgg_file()
+    path = save(tmp_path / "file.pth", content)
+    model = build_model("v2", "vgg16", K, path)
+    line = capsys.readouterr().out
+    for words in ("FADA, VGG-16, DeepLab v2", "input BGR 0-255", "left out iteration", " 0 missing"):
+        assert words in line
+    compare(model, content, bgr, fada_vgg_forward)
+    compare(build_model("v2", "vgg16", K, path, input="imagenet"), content, imagenet, fada_vgg_forward)
+    with pytest.raises(UserError, match="lacks 100 encoder keys of resnet18.*first names are backbone.0.weight"):
+        build_model("v2", "resnet18", K, path)
+    content["feature_extractor"].pop("backbone.29.bias")
+    with pytest.raises(UserError, match="is FADA, VGG-16, DeepLab v2, but lacks 1 of its keys .here fc6.bias"):
+        build_model("v2", "vgg16", K, save(tmp_path / "file.pth", content))
 
 
 @pytest.mark.parametrize("network", ["v2", "v3+"])
@@ -305,7 +351,7 @@ def test_weights_converted_from_caffe_initialise_the_encoder(tmp_path, caffe, ca
     """AdaptSegNet's initial weights: `Scale.` before each name, a head of 21 classes or none."""
     content = {f"Scale.{key}": value for key, value in without(caffe, "conv2d_list", "num_batches_tracked").items()}
     model = build_model("v2", "resnet18", K, save(tmp_path / "file.pth", content))
-    assert model.structure == Structure(True, True, True, 4, 1e-5, "bgr") and not model.filled
+    assert model.structure == Structure(True, True, True, 4, 1e-5, "bgr255") and not model.filled
     assert torch.equal(model.encoder.conv1.weight, content["Scale.conv1.weight"])
     content |= {f"Scale.{key}": value[:7] for key, value in summed_head("layer5.", 512).items()}
     path = save(tmp_path / "file.pth", content)
@@ -319,10 +365,13 @@ def test_weights_converted_from_caffe_initialise_the_encoder(tmp_path, caffe, ca
 
 
 class Malicious:
+    """Calls a function when a plain unpickler reads it."""
+
+    def __init__(self, function=open, *args):
+        self.call = function, args or ("pwned", "w")
+
     def __reduce__(self):
-        return (open, ("pwned", "w"))
-
-
+        return self.call
 
 
 def test_files_that_do_not_fit(tmp_path, caffe, monkeypatch):
@@ -344,8 +393,9 @@ def test_files_that_do_not_fit(tmp_path, caffe, monkeypatch):
         "vit": ({"state_dict": {"module.blocks.0.weight": torch.zeros(1)}}, "first names are blocks.0.weight"),
         "empty": ({"state_dict": {}, "epoch": 3}, "holds no state dict"),
         "discriminator": ({"iteration": 3, "model_D": {"D.0.weight": torch.zeros(1)}}, "holds no state dict"),
-        "evil": ({"state_dict": caffe, "best": Malicious()}, "more than tensors"),
-        "code": ({"x": np.random.default_rng}, "more than tensors"),
+        "evil": ({"state_dict": Malicious(), "best": caffe}, "holds no state dict"),
+        "blocked": ({"state_dict": caffe, "best": Malicious(os.system, "touch pwned")}, "more than tensors"),
+        "code": ({"x": np.random.default_rng}, "holds no state dict"),
         "v3+": ({f"{name}.weight": torch.zeros(1) for name in ("backbone.conv1", "aspp.conv1", "decoder.last_conv.8")},
                 "is CAG, DeepLab v3., but this script's network is DeepLab v2: the file is for bismap.py, c2f.py and cag.py"),
     }
@@ -367,6 +417,105 @@ def test_files_that_do_not_fit(tmp_path, caffe, monkeypatch):
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
 
+@pytest.fixture
+def authors(monkeypatch):
+    """Classes as the authors of BiSMAP have them: yacs.config.CfgNode and schedulers.schedulers.PolynomialLR. They are there
+    while a file is written, and not while it is read."""
+    class CfgNode(dict):
+        def __init__(self, **values):
+            super().__init__(**values)
+            self.__dict__["__immutable__"] = False
+
+    class PolynomialLR(torch.optim.lr_scheduler.LRScheduler):
+        def get_lr(self):
+            return self.base_lrs
+
+    for module, cls in (("yacs.config", CfgNode), ("schedulers.schedulers", PolynomialLR)):
+        cls.__module__, cls.__qualname__ = module, cls.__name__
+        for name in (module.split(".")[0], module):
+            monkeypatch.setitem(sys.modules, name, ModuleType(name))
+        setattr(sys.modules[module], cls.__name__, cls)
+    yield CfgNode, PolynomialLR
+
+
+def test_bismap_as_its_authors_save_it(tmp_path, authors, monkeypatch, capsys):
+    CfgNode, PolynomialLR = authors
+    torch.manual_seed(0)
+    content = wrapped("DeepLabV3_plus", v3plus("resnet50", BISMAP))
+    parameter = nn.Parameter(torch.ones(2))
+    optimizer = torch.optim.SGD([parameter], lr=0.1, momentum=0.9)
+    parameter.sum().backward()
+    optimizer.step()                                     # it has a momentum buffer
+    content["DeepLabV3_plus"] |= {"optimizer_state": optimizer.state_dict(),
+                                  "scheduler_state": {"finished": True, "after_scheduler": PolynomialLR(optimizer)}}
+    content["configs"] = {"training": CfgNode(lr=5e-4, ddp=CfgNode(gpus=[0, 1], status=True), size=(896, 512), big=2**40)}
+    path = save(tmp_path / "from_gta5_to_cityscapes_on_deeplabv3_plus_best_model.pkl", content)
+    monkeypatch.undo()
+    with zipfile.ZipFile(path) as archive:
+        (pickled,) = [archive.read(name) for name in archive.namelist() if name.endswith("data.pkl")]
+    for named in (b"cyacs.config\nCfgNode\n", b"cschedulers.schedulers\nPolynomialLR\n", b"ctorch.optim.sgd\nSGD\n"):
+        assert named in pickled
+    modules = set(sys.modules)
+    model = build_model("v3+", "resnet50", K, path)
+    line = capsys.readouterr().out
+    assert "BiSMAP, DeepLab v3+" in line and " 0 missing" in line and "left out iter, best_iou, configs, ..." in line
+    compare(model, content, imagenet, lambda c, x: v3plus_forward(c["DeepLabV3_plus"]["model_state"], x, BISMAP))
+    assert not (set(sys.modules) - modules) & {"yacs", "yacs.config", "schedulers", "schedulers.schedulers"}
+    loaded = load_foreign(path)                          # the objects are dicts of what was in them, without behaviour
+    assert loaded["configs"]["training"]["ddp"]["gpus"] == [0, 1] and loaded["best_iou"] == 0.5023
+    scheduler = loaded["DeepLabV3_plus"]["scheduler_state"]["after_scheduler"]
+    assert type(loaded["configs"]["training"]) is type(scheduler) is OrderedDict
+    with pytest.raises(pickle.UnpicklingError):          # our own files have no such things
+        data.load_tensors(path)
+
+
+def hand_made(path: Path, code: bytes) -> str:
+    """A file as torch.save writes it, whose pickle is `code`."""
+    torch.save({"conv1.weight": torch.zeros(1)}, path)
+    with zipfile.ZipFile(path) as archive:
+        content = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, value in content.items():
+            archive.writestr(name, code if name.endswith("data.pkl") else value)
+    return str(path)
+
+
+def test_no_file_runs_code(tmp_path, caffe, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "planted.py").write_text("open('pwned', 'w')")         # importing it would be enough
+    monkeypatch.syspath_prepend(str(tmp_path))
+    before = set(torch.serialization.get_safe_globals())
+    touch = b"X\x0b\x00\x00\x00touch pwned"
+    inert = {                                            # read as empty dicts
+        "open": Malicious(), "popen": Malicious(subprocess.Popen, ["touch", "pwned"]), "getattr": Malicious(getattr, 1, "real"),
+        "eval": Malicious(eval, "open('pwned', 'w')"), "exec": Malicious(exec, "open('pwned', 'w')"), "function": print,
+    }
+    loaded = load_foreign(save(tmp_path / "inert.pth", {"state_dict": caffe, **inert}))
+    assert all(loaded[name] == {} for name in inert if name != "function") and loaded["function"] is Stub
+    assert recognise(loaded, "x").family and torch.equal(loaded["state_dict"]["conv1.weight"], caffe["conv1.weight"])
+    for code in (b"\x80\x02cplanted\nrun\n)R.", b"\x80\x02cplanted\nRun\n)\x81}X\x01\x00\x00\x00a" + touch + b"sb.",
+                 b"\x80\x02csubprocess\ngetoutput\n" + touch + b"\x85R."):
+        assert load_foreign(hand_made(tmp_path / "hand.pth", code)) == {}
+    refused = {
+        "system": {"a": Malicious(os.system, "touch pwned")},
+        "nested": {"a": [Malicious(os.execlp, "touch", "touch", "pwned")]},
+        "object": np.array([Malicious(os.system, "touch pwned")], dtype=object)}
+    paths = [save(tmp_path / f"{name}.pth", content) for name, content in refused.items()]
+    for code in (b"cposix\nsystem\n" + touch + b"\x85R.",              # of protocol 0 to 5, called in each way there is
+                 b"\x80\x02(" + touch + b"iposix\nsystem\n.", b"\x80\x02(cposix\nsystem\n" + touch + b"o.",
+                 b"\x80\x04\x8c\x05posix\x8c\x06system\x93" + touch + b"\x85R.",
+                 b"\x80\x02ctorch\nos.system\n" + touch + b"\x85Rb.",
+                 b"\x80\x02cplanted\nrun\n)R" + touch + b"\x85R."):
+        paths.append(hand_made(tmp_path / f"hand{len(paths)}.pth", code))
+    torch.save({"a": Malicious()}, tmp_path / "legacy.pth", _use_new_zipfile_serialization=False)
+    (tmp_path / "plain.pth").write_bytes(pickle.dumps(Malicious(os.system, "touch pwned"), protocol=2))
+    for path in (*paths, tmp_path / "legacy.pth", tmp_path / "plain.pth"):
+        with pytest.raises(UserError, match="no readable checkpoint"):
+            read_file(path)
+    assert not (tmp_path / "pwned").exists() and "planted" not in sys.modules
+    assert set(torch.serialization.get_safe_globals()) == before       # stubs stand for names while we read, and no longer
+
+
 def test_numpy_values_load_and_nothing_else_does(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     values = {"score": np.float64(0.5), "count": np.int64(3), "array": np.arange(6.0).reshape(2, 3), "flag": np.bool_(True)}
@@ -385,6 +534,10 @@ def test_numpy_values_load_and_nothing_else_does(tmp_path, monkeypatch):
             data.load_tensors(save(tmp_path / "evil.pth", {"x": evil}))
     assert not (tmp_path / "pwned").exists()
     assert np.ndarray not in torch.serialization.get_safe_globals()    # the list holds while we read, and no longer
+
+
+def test_the_structure_in_files_of_earlier_versions():
+    assert Structure.read({"input": "bgr", "branches": 2}, "g2c.pt") == Structure(input="bgr255", branches=2)
 
 
 @pytest.mark.parametrize("values", [{"stride": 1}, {"branches": 9}, {"input": "hsv"}, {"bn_eps": "0"}, {"ceil_mode": 1}, [3]])
@@ -419,7 +572,7 @@ def test_the_structure_can_be_changed_and_changed_back():
     x = torch.randn(1, 3, 33, 32)
     with torch.no_grad():
         before = model(x)[1]
-        model.configure(Structure(True, True, True, 4, 0.0, "bgr"))
+        model.configure(Structure(True, True, True, 4, 0.0, "bgr255"))
         assert model(x)[1].shape[3] == before.shape[3] + 1
         model.configure(Structure())
         assert torch.equal(model(x)[1], before)
@@ -485,7 +638,7 @@ def test_a_script_evaluates_continues_and_exports(city, tmp_path, caffe, capsys)
     printed = capsys.readouterr().out
     assert "--from " in printed and "adversarial 1/1" in printed and "source 1/" not in printed
     saved = torch.load(tmp_path / "runs/fada-gta5/adversarial.pt", weights_only=True)
-    assert saved["structure"] == {"model": {**Structure(True, True, True, 2, 1e-5, "bgr").__dict__}}
+    assert saved["structure"] == {"model": {**Structure(True, True, True, 2, 1e-5, "bgr255").__dict__}}
 
     trained = table("--eval", "--from", str(tmp_path / "runs/fada-gta5/adversarial.pt"), "--export", str(tmp_path / "out.pth"))
     assert trained == table("--eval", "--init", str(tmp_path / "out.pth"))

@@ -26,37 +26,36 @@ Stages: step0 -> step1 .. stepK.
     python c2f.py --align SOURCE.png REFERENCE.png OUT.png              align one picture
     python c2f.py --toy                                      the toy city, some minutes on two cores
     python c2f.py --source gta5                              the paper's GTA5 -> Cityscapes; again to resume
-    torchrun --nproc_per_node=4 c2f.py --source gta5         on four GPUs, four times the batch
+    torchrun --nproc_per_node=4 c2f.py --source gta5 --batch-size 1           the paper's four GPUs with one sample each
     python c2f.py --source gta5 --alignment none --tag no-gpa                                           Table 3
     python c2f.py --source gta5 --from runs/c2f-gta5/step0.pt --lambda-triplet 0 --tag no-ctl           Table 3
     python c2f.py --source gta5 --alignment frequency --tag fda                                         Table 4
     python c2f.py --source gta5 --eval                       only evaluate what the run has reached
 
 Departures:
- 1. Sums over pixels are means over the labelled pixels, of each domain on its own; Eq. (4) is divided by them, not by the
-    number of images.
- 2. Eqs. (1) and (2) print "sum_L L p(L^gamma)" and are read as the mean of L^gamma over the source image; "beta in (5)" of
-    Sec. 4.1 is that of Eq. (2). The problem is not convex for every histogram, so gamma is searched on a grid over
-    [0.05, 6] and then refined; both means come from histograms of 1,024 levels.
- 3. Eq. (4)'s "other category centers" is the nearest other one (`--negatives nearest`) or the sum over all (`all`).
-    Distances of unit vectors are not squared, as printed. A class without a source pixel has no centre: it is no negative,
-    and its pixels are not in the loss.
- 4. P_s,c and t_c come from a histogram of confidences over 250 bins: t_c is the lower edge of a bin, and the confidence that
-    a pixel keeps beside its pseudo label is the index of its bin; P_h counts as the next edge above it. A class that is never
-    predicted gets P_h. Valid is ">= t_c", as Eq. (5) prints; Sec. 3.1 says "higher than".
- 5. Pseudo labels are made at image size, once a step, on the clean target images at `target_size`; L_seg takes them on the
-    clean image, L_consist on the jittered one, both weigh 1. Eq. (3)'s features are those of one aligned version of each
-    source image, with ground truth brought to the feature grid by the nearest pixel.
- 6. tau's strength (`jitter`), image sizes and the crop are not in the paper; resize and crop are CAG's, whose settings it
-    follows. Batch norm of pretrained encoders is frozen in step 0 (`--freeze-bn`), and all of it afterwards
-    (`--adapt-freeze-bn`), as in CAG. There is no dropout. Each step has its own optimizer and rate horizon.
- 7. Step 0's length is not printed: 140k in all and K = 6 steps of U = 20k leave 20k.
- 8. Table 4's other alignments: gamma on all three channels has a and b scaled from [-128, 128] to [0, 1]; frequency
-    alignment [33] swaps the amplitudes of the lowest frequencies, a window of `window` of the shorter side to each side of
-    zero, on RGB.
- 9. A source image meets another random target image each time it is drawn; Sec. 3.1 can be read as one aligned M' for all.
-10. Matching is exact and knows no smallest difference: the a and b of a grey image differ by rounding alone, and take the
+ 1. L_seg, Eqs. (4), (5): sums over pixels are means over the labelled pixels, of each domain on its own.
+ 2. Eqs. (1), (2): "sum_L L p(L^gamma)" is read as the mean of L^gamma over the source image; Sec. 4.1's "beta in (5)" is that
+    of Eq. (2).
+ 3. Eq. (2) is not convex for every histogram: gamma is searched on a grid over [0.05, 6] and then refined; both means come
+    from histograms of 1,024 levels.
+ 4. Eq. (4): "other category centers" is the nearest other one (`--negatives nearest`) or the sum over all (`all`).
+ 5. Eqs. (3), (4): a category without a source pixel has no centre: it is no negative, and its pixels are not in the loss.
+ 6. Eq. (3): the features are those of one aligned version of each source image; ground truth comes to the feature grid by
+    the nearest pixel.
+ 7. Sec. 3.1: P_s,c and t_c are lower edges of 250 bins of confidence, and P_h counts as the next edge above it. A category
+    that is never predicted gets P_h.
+ 8. Sec. 3.1: valid is ">= t_c", as Eq. (5) prints; the text says "higher than".
+ 9. Sec. 3.1: pseudo labels are made once per step, at `target_size`, on the clean images; L_seg takes them on the clean image,
+    L_consist on the jittered one, and both weigh 1.
+10. Sec. 4.1: p = 10 "as in [14]" stays 10, although [14]'s published code keeps 50 % of each category.
+11. Sec. 4.1: tau's strength (`jitter`), image sizes and the crop are not given; resize and crop are CAG's, whose settings the
+    paper follows. So is batch norm: that of pretrained encoders is frozen in step 0, all of it afterwards.
+12. Sec. 4.1: each step has its own optimizer and rate horizon, and there is no dropout. Step 0's length is not printed: 140k
+    in all and K = 6 steps of U = 20k leave 20k.
+13. Sec. 3.2: matching knows no smallest difference: the a and b of a grey image differ by rounding alone, and take the
     reference's colours all the same.
+14. Table 4: gamma on all three channels has a and b scaled from [-128, 128] to [0, 1]; frequency alignment [33] swaps the
+    amplitudes of the lowest frequencies, up to `window` of the shorter side on each side of zero, on RGB.
 """
 
 from __future__ import annotations
@@ -132,7 +131,7 @@ class Config:
     weight_decay: float = option(1e-4, "SGD's weight decay", paper=1e-4, section="Sec. 4.1", low=0.0)
     step0_iterations: int = option(20_000, "iterations of step 0", paper=20_000, section="Sec. 4.1", low=1)
     step_iterations: int = option(20_000, "U, iterations of each further step", paper=20_000, section="Sec. 4.1", low=1)
-    batch_size: int = option(4, "images a batch, of each domain", paper=4, section="Sec. 4.1", low=1)
+    batch_size: int = option(4, "images per batch, of each domain and in each process", paper=4, section="Sec. 4.1", low=1)
     source_size: Size | None = option(None, "source images are resized to it; automatic: their own size")
     target_size: Size | None = option(None, "target images are resized to it, also in the test; automatic: their own size")
     scale: tuple[float, ...] = option((1.0, 1.5), "range of the random resize in training", low=0.1)
@@ -199,29 +198,16 @@ def lab_to_rgb(lab: Tensor) -> Tensor:
     return rgb.clamp(0, 1)
 
 
-def match_histogram(source: Tensor, reference: Tensor, bins: int | None = None) -> Tensor:
+def match_histogram(source: Tensor, reference: Tensor) -> Tensor:
     """Give a channel the distribution of values of a reference.
 
     Sec. 3.2, f_match: a value whose CDF in the source is q becomes the value whose CDF in the reference is q, interpolated
     linearly between the reference's unique values; pixels of one value stay of one value.
 
-    Args:
-        source, reference: (H, W) and (H', W') float, any sizes.
-        bins: None for the exact match; else values of each are first rounded to this many steps of its own range. Then a
-            pixel may be off by the gap between two neighbouring values of the reference, which in its tails is large.
-    Returns: (H, W).
+    Args: source (H, W) and reference (H', W'), float of any sizes.  Returns: (H, W).
     """
-    if bins:
-        source, reference = (round_to_steps(x, bins) for x in (source, reference))
     one, one_n = torch.ones_like(source, dtype=torch.int64), torch.ones_like(reference, dtype=torch.int64)
     return match_values(source.flatten(), one.flatten(), reference.flatten(), one_n.flatten()).view_as(source)
-
-
-def round_to_steps(x: Tensor, steps: int) -> Tensor:
-    """x rounded to `steps` equal steps between its smallest and largest value."""
-    low, high = x.min(), x.max()
-    width = ((high - low) / steps).clamp(min=torch.finfo(x.dtype).tiny)
-    return low + ((x - low) / width).round() * width
 
 
 def match_values(values: Tensor, count: Tensor, wanted: Tensor, count_wanted: Tensor) -> Tensor:
@@ -647,7 +633,7 @@ def align_files(cfg: Config) -> None:
 
 
 def check(cfg: Config, options: Options) -> None:
-    """Refuse what cannot be meant, before anything is loaded."""
+    """Check the settings before anything is loaded."""
     if len(cfg.scale) != 2 or cfg.scale[0] > cfg.scale[1]:
         raise UserError(f"--scale {' '.join(map(str, cfg.scale))} is no range: give the smallest and the largest factor")
     check_domains(cfg, options, "step0", [cfg.source_size, cfg.target_size], cfg.scale[1])
@@ -686,7 +672,7 @@ def main(argv: list[str] | None = None) -> None:
         draw_alignments(run, cfg, source, target)
     run.start_from(model)
     run.watch(model, test, classes)
-    # An upper bound has to be trained as long as what it bounds.
+    # Train the upper bound for as many iterations as the adapted model.
     train_step0(run, cfg, model, source, cfg.step0_iterations + options.target_labels * cfg.K * cfg.step_iterations)
     run.evaluate("step0", model, test, classes, tests)
 

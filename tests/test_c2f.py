@@ -87,21 +87,6 @@ def test_match_histogram_by_hand_and_with_counts():
     assert torch.allclose(c2f.match_histogram(image, image), image, atol=1e-6)
 
 
-@pytest.mark.parametrize("bins", [5, 64])
-def test_match_histogram_of_rounded_values(bins):
-    def rounded(x):
-        low, width = x.min(), (x.max() - x.min()) / bins
-        return low + np.floor((x - low) / width + 0.5) * width
-    rng = np.random.default_rng(0)
-    source, reference = 2 + 3 * rng.uniform(size=(40, 50)), -7 + rng.normal(size=(30, 70)) ** 2
-    got = c2f.match_histogram(torch.from_numpy(source), torch.from_numpy(reference), bins)
-    np.testing.assert_allclose(got, exposure.match_histograms(rounded(source), rounded(reference)), atol=1e-9)
-    assert len(got.unique()) <= bins + 1 < len(np.unique(source))
-    for flat in (torch.full((4, 5), 0.3), torch.zeros(4, 5)):
-        assert (c2f.match_histogram(flat, torch.tensor([[1.0, 2, 9]]), bins) == 9).all()
-        assert (c2f.match_histogram(torch.rand(4, 5), flat, bins) == flat).all()
-
-
 # ---------------------------------------------------------------------------------- Eq. (2), gamma
 
 

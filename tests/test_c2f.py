@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import math
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,7 +19,7 @@ from torchvision.transforms import v2
 
 import c2f
 from common.data import find_pairs, read_image
-from common.deeplab import build_model
+from common.deeplab import DeepLab, build_model
 from common.run import Run
 
 IGNORE = 255
@@ -422,6 +424,59 @@ def test_tau_jitters_what_was_there_before_the_normalisation(strength):
     torch.testing.assert_close(c2f.tau(last, strength, [5, 6, 7]), got, rtol=0, atol=1e-5)
 
 
+# -------------------------------------------------------------------------------------- golden numbers
+
+
+def test_golden_numbers_of_the_alignment():
+    """Values that scikit-image, Eq. (2) by trying and a naive Fourier transform gave once."""
+    m = torch.tensor([[[200, 30], [90, 12]], [[180, 60], [90, 240]], [[10, 200], [91, 130]]]) / 255
+    n = torch.tensor([[[40, 250, 128]], [[80, 220, 30]], [[60, 90, 201]]]) / 255
+    lab, lab_n = c2f.rgb_to_lab(m.double()), c2f.rgb_to_lab(n.double())
+    golden = {
+        "lab": [[[72.856361, 33.298771], [38.272086, 83.968838]], [[-7.691216, 42.262753], [0.2114, -71.369506]],
+                [[73.675264, -74.71349], [-0.573296, 39.937645]]],
+        "a": [[-11.743985, 66.919732], [13.751119, -19.516218]],
+        "gamma": 1.168215,
+        "gpa": [[[0.707987, 0.390634], [0.271333, 0.709766]], [[0.675203, 0], [0.281138, 0.831166]],
+                [[0.129114, 0.681687], [0.488658, 0.6304]]],
+        "gamma on all": [[[0.877794, 0.180573], [0.41405, 0.489195]], [[0.609076, 0.099595], [0.246379, 0.878066]],
+                         [[0.105276, 0.773709], [0.358407, 0.542873]]],
+        "histogram on all": [[[0.495187, 0.425227], [0.285624, 0.78089]], [[0.481167, 0], [0.294335, 0.903841]],
+                             [[0, 0.714417], [0.503336, 0.699788]]],
+    }
+    got = {"lab": lab, "a": c2f.match_histogram(lab[1], lab_n[1]), "gamma": c2f.solve_gamma(lab[0] / 100, lab_n[0] / 100),
+           "gpa": c2f.photometric_align(m, n), "gamma on all": c2f.align_by_gamma(m, n),
+           "histogram on all": c2f.align_by_histogram(m, n)}
+    for name, values in golden.items():
+        np.testing.assert_allclose(torch.as_tensor(got[name]).numpy(), values, atol=1e-4, err_msg=name)
+    np.testing.assert_allclose(c2f.lab_to_rgb(torch.tensor(golden["lab"])), m, atol=1e-5)
+
+    x, x_n = (torch.from_numpy(values) for values in np.random.default_rng(2103).uniform(0.3, 0.7, (2, 3, 3, 4)).round(2))
+    swapped = c2f.align_by_frequency(x, x_n, window=0.34)                       # int(0.34 * 3) = 1
+    np.testing.assert_allclose(swapped[0], [[0.564154547, 0.548020871, 0.380010173, 0.466143849], [0.5114995, 0.605023828,
+                               0.36830628, 0.294781952], [0.60794516, 0.280496156, 0.53808434, 0.645533344]], atol=1e-8)
+
+
+def test_golden_numbers_of_the_categories():
+    """Values that the loops above gave once, so that a change of reading shows even where loop and code change together."""
+    rng = np.random.default_rng(2103)
+    rng.uniform(size=72)
+    feat, logits = (torch.from_numpy(rng.normal(size=(1, n, 2, 3)).round(2)) for n in (2, 4))
+    label = torch.tensor([[[0, 2, IGNORE], [1, 0, 3]]])
+    centers = torch.tensor([[1.0, 0], [0.6, -0.8], [-0.28, 0.96], [math.nan, math.nan]], dtype=torch.float64)
+    valid = c2f.valid_labels(label, torch.tensor([[[226, 125, 255], [124, 225, 25]]]), torch.tensor([0.9, 0.5, 0.104, 0.104]))
+    assert valid.tolist() == [[[0, 2, IGNORE], [IGNORE, 0, IGNORE]]]
+    got = [c2f.triplet_loss(feat, label, centers), c2f.triplet_loss(feat, label, centers, 0.2, "all"),
+           c2f.segmentation_loss(logits, label), c2f.consistency_loss(logits, valid)]
+    assert [x.item() for x in got] == pytest.approx([0.8172870340374812, 0.8685472191144787, 1.201192394540137,
+                                                     1.4506083290459701], rel=1e-12)
+    np.testing.assert_allclose(c2f.category_centers(*c2f.class_sums(feat, label, 3)), [
+        [-0.6606278948920247, -0.7507135169227552], [-0.9500918071358831, 0.3119704441341706],
+        [0.6964753771686599, 0.7175806916283163]], rtol=1e-12)
+    histogram = torch.tensor([[0, 1, 2, 3, 4], [5, 0, 0, 0, 1], [0, 0, 0, 0, 9], [0, 0, 0, 0, 0]])
+    assert c2f.category_thresholds(histogram, P_h=0.75, p=41).tolist() == pytest.approx([0.6, 0, 0.75, 0.75])
+
+
 # ----------------------------------------------------------------------------------------------- the steps
 
 
@@ -566,6 +621,134 @@ def test_a_step_minimises_the_three_losses(triplet_target, negatives, monkeypatc
         again = [seeds for *_, seeds, _ in jittered[-2:]]
         assert again == seeds or (seed, i) != (3, 2)
         assert len({*sum(seeds, []), *sum(again, [])}) == (4 if (seed, i) == (3, 2) else 8)
+
+
+# ------------------------------------------------------------------------------------ what a step is handed
+
+
+STAGES = ("train_step0", "prepare_step", "train_step")
+SMALL = ("--backbone resnet18 --init none --workers 0 --freeze-bn encoder --source-size 80x40 --target-size 48x24 --crop 40x20 "
+         "--scale 1.0 1.25 --jitter 0.3 --lr 0.004 --step-lr 0.001 --encoder-rate 0.5 --momentum 0.8 --weight-decay 0.02 "
+         "--batch-size 1 --K 2 --step0-iterations 2 --step-iterations 3")
+FROZEN, TRAINED = (False, False), (True, True)                                  # (in training mode, has a gradient)
+
+
+@pytest.fixture
+def uneven(city, tmp_path):
+    """The tiny city with 5 source, 8 target and 3 validation images."""
+    root = shutil.copytree(city, tmp_path / "city")
+    for pair in find_pairs(root, "gta5")[5:]:
+        pair.image.unlink()
+        pair.label.unlink()
+    return root
+
+
+def described(value):
+    """What matters of what a stage is handed."""
+    if isinstance(value, c2f.OneVersion):
+        return described(value.dataset)
+    if isinstance(value, c2f.SegmentationDataset):
+        split = {split for pair in value.pairs for split in ("train", "val") if split in pair.image.parts}
+        references = {str(path) for path in value.alter.references} if value.alter else None
+        return {"domain": value.dataset, "split": split, "images": len(value), "size": value.size, "augment": value.augment,
+                "labelled": all(pair.label for pair in value.pairs), "aligned to": references, "maps": len(value.maps)}
+    if isinstance(value, nn.Module):
+        norms = {(m.training, m.weight.requires_grad) for m in value.modules() if isinstance(m, nn.BatchNorm2d)}
+        return {"weights": {key: x.clone() for key, x in value.state_dict().items()}, "norms": norms}
+    return value
+
+
+class Wiring:
+    """Runs c2f.main with its stages, optimizers, data sets and networks watched; `log` holds what they were handed."""
+
+    def __init__(self, monkeypatch):
+        self.log, self.patch = [], monkeypatch
+        for name in STAGES:
+            self.watch(c2f, name, lambda given: {k: described(v) for k, v in given.items()})
+        self.watch(c2f, "sgd", lambda given: None)
+        self.watch(c2f.SegmentationDataset, "__getitem__", lambda given: (described(given["self"]), given["key"]))
+        self.watch(DeepLab, "forward", lambda given: None if given["self"].training else given["x"])
+
+    def watch(self, owner, name, record):
+        function = getattr(owner, name)
+
+        def watched(*args, **kwargs):
+            given = inspect.signature(function).bind(*args, **kwargs).arguments
+            self.log.append((name, record(given)))
+            result = function(*args, **kwargs)
+            if name in STAGES:
+                self.log.append((f"end of {name}", {k: described(v) for k, v in given.items()}))
+            elif name == "sgd":
+                self.log[-1] = name, [dict(group) for group in result.param_groups]
+            return result
+        self.patch.setattr(owner, name, watched)
+
+    def run(self, *argv):
+        """Returns: (stage, its i) -> (handed, the same at its end, what the evaluation after it saw, rates)."""
+        self.log.clear()
+        c2f.main([*SMALL.split(), *argv])
+        stages, handed = {None: [None, {}, [], None]}, None
+        for name, what in self.log:
+            if name in STAGES:
+                stages[handed := (name, what.get("i", 0))] = [what, None, [], None]
+            elif name.startswith("end of"):
+                stages[handed][1] = what
+            elif name == "sgd":
+                stages[handed][3] = sorted({group["lr"] for group in what})
+                assert {(group["momentum"], group["weight_decay"]) for group in what} == {(0.8, 0.02)}
+            elif stages[handed][1] is not None:                                 # after a stage: its evaluation
+                stages[handed][2].append(what)
+        return stages
+
+
+def same(a, b):
+    return all(torch.equal(a["weights"][key], b["weights"][key]) for key in a["weights"])
+
+
+def test_each_step_is_handed_what_it_should_be(uneven, tmp_path, monkeypatch):
+    wiring, where = Wiring(monkeypatch), ["--data", str(uneven), "--runs", str(tmp_path)]
+    references = {str(pair.image) for pair in find_pairs(uneven, "cityscapes", labels=False)}
+    moved = c2f.Augment(scale=(1.0, 1.25), crop=c2f.Size(40, 20))
+    jittered = c2f.replace(moved, jitter=0.3)
+    of_source = {"domain": "gta5", "split": set(), "images": 5, "size": c2f.Size(80, 40), "augment": jittered, "labelled": True,
+                 "aligned to": references, "maps": 0}
+    of_target = {"domain": "cityscapes", "split": {"train"}, "images": 8, "size": c2f.Size(48, 24), "augment": moved,
+                 "labelled": False, "aligned to": None, "maps": 0}
+    tested = {**of_target, "split": {"val"}, "images": 3, "augment": c2f.Augment(), "labelled": True}
+
+    def check_evaluation(looked):
+        items = [x for x in looked if isinstance(x, tuple)]
+        assert items and all(item == tested and isinstance(key, int) for item, key in items)
+        assert {tuple(x.shape[-2:]) for x in looked if isinstance(x, torch.Tensor)} == {(24, 48)}
+
+    stages = wiring.run(*where)
+    assert [*stages] == [None, ("train_step0", 0), *((name, i) for i in (1, 2) for name in ("prepare_step", "train_step"))]
+    given, before, looked, rates = stages["train_step0", 0]
+    assert given["source"] == of_source and given["iterations"] == 2 and rates == pytest.approx([0.002, 0.004])
+    assert given["model"]["norms"] == {FROZEN, TRAINED} and not same(given["model"], before["model"])
+    check_evaluation(looked)
+    for i in (1, 2):
+        given, end, *_ = stages["prepare_step", i]
+        assert given["aligned"] == {**of_source, "augment": c2f.Augment()} and given["target"] == of_target
+        assert same(given["model"], before["model"])                            # T_{i-1} labels,
+        given, end, looked, rates = stages["train_step", i]
+        assert given["source"] == of_source and given["target"] == {**of_target, "maps": 2}
+        assert same(given["model"], before["model"]) and not same(given["model"], end["model"])   # and becomes T_i
+        assert given["model"]["norms"] == {FROZEN} and rates == pytest.approx([0.0005, 0.001])
+        check_evaluation(looked)
+        before = end
+
+    begun = str(tmp_path / "c2f-gta5/step0.pt")
+    again = wiring.run(*where, "--from", begun, "--stage", "step1", "--adapt-freeze-bn", "none", "--alignment", "none",
+                       "--tag", "unaligned")
+    given, *_ = again["train_step", 1]
+    assert all(same(again[stage, 1][0]["model"], stages["train_step0", 0][1]["model"]) for stage in STAGES[1:])
+    assert given["source"] == {**of_source, "aligned to": None} and given["model"]["norms"] == {TRAINED}
+    check_evaluation(wiring.run(*where, "--eval")[None][2])
+
+    given, _, looked, _ = wiring.run(*where, "--target-labels", "--stage", "step0", "--tag", "bound")["train_step0", 0]
+    assert given["source"] == {**of_target, "augment": jittered, "labelled": True} and given["iterations"] == 2 + 2 * 3
+    check_evaluation(looked)
 
 
 # ------------------------------------------------------------------------------------------- on files

@@ -411,6 +411,32 @@ def test_only_the_intended_weights_are_reached():
     assert all(g is None or not g.any() for g in classifier)                    # and a, that C made, is no way into C
 
 
+# -------------------------------------------------------------------------------------- golden numbers
+
+
+def test_golden_numbers():
+    """Values that the loops above gave once, so that a change of reading shows even where loop and code change together."""
+    rng = np.random.default_rng(2007)
+    z, d_s, d_t = (torch.from_numpy(rng.normal(size=shape).round(3)) for shape in ((1, 3, 2, 2), (1, 6, 2, 2), (1, 6, 1, 2)))
+    z, feat = 2 * z, torch.from_numpy(rng.normal(size=(6, 2)).round(3))
+    soft, hard = fada.soft_labels(z, 1.8, 0.6), fada.hard_labels(z, 0.6)
+    assert np.array(list(samples(hard))).tolist() == [[0, 1, 0], [1, 0, 0], [0, 1, 0], [0, 0, 0]]
+    np.testing.assert_allclose(np.array(list(samples(soft))), [
+        [0.347855159, 0.530010753, 0.122134087], [0.6, 0.073264461, 0.068235471], [0.054612189, 0.6, 0.313225622],
+        [0.370432908, 0.487415425, 0.142151667]], atol=1e-9)
+    label = torch.tensor([[[0, 2, IGNORE], [1, 1, 0], [IGNORE, 2, 2]]])
+    ones = fada.binary_labels(z)
+    got = [fada.segmentation_loss(z, label), fada.discriminator_loss(d_s, d_t, soft, soft[:, :, :1]),
+           fada.adversarial_loss(d_t, soft[:, :, :1]), fada.discriminator_loss(d_s[:, :2], d_t[:, :2], ones, ones[:, :, :1]),
+           fada.adversarial_loss(d_t[:, :2], ones[:, :, :1]),
+           *fada.class_center_distance(feat, torch.tensor([4, 0, 4, IGNORE, 0, 4]))]
+    assert [x.item() for x in got] == pytest.approx([                            # Eqs. (3), (5), (6), (1), (4), (9)
+        1.4793502804716714, 1.8896730730777742, 1.7788539016671967, 0.40956370006931686, 2.1479869448354036,
+        0.38216413875124516, 1.0638098051434373], rel=1e-12)
+    assert fada.domain_encoding(torch.tensor([0.2, 0.7])[None, :, None, None], "target").flatten().tolist() == pytest.approx(
+        [0, 0, 0.2, 0.7])
+
+
 # ----------------------------------------------------------------------------------------- Eq. (9)
 
 

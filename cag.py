@@ -33,33 +33,35 @@ Stages: source -> warmup -> stage1 .. stageK.
     python cag.py --source gta5 --eval                       only evaluate what the run has reached
 
 Departures:
- 1. DeepLab v3+ with ResNet-101: the authors' code and pretrained models are v3+ and they confirm it; Sec. 3.2 and its figure
-    say v2. f_D is then the decoder's feature, 256 channels at stride 4, that enters the last 1x1 convolution.
- 2. Sums over pixels are means over the labelled pixels. The paper prints sums, whose scale would change with the image. The
-    squared distance stays a sum over the 256 channels, as printed: some 50 to 100, so that lambda1 = 0.3 weighs it far above
-    the cross entropies. Not run with the paper's data; in the short runs of the README it diverges or hurts, see TOY.
- 3. Anchors, active states and both kinds of labels are computed on the feature grid, from whole images at `source_size` and
-    `target_size` (automatic: their own), with ground truth brought to the grid by the nearest pixel. Labels are written
-    once a stage, enlarged to the image by the nearest pixel. L_CE^s is at image size, the target's terms are on the grid.
- 4. The warm-up's adversarial loss is that of [14] towards the source only: binary cross entropy on D(f_D), each domain's
-    half of D's loss weighs 0.5. Its category-specific part is not used: the paper says "global feature alignment". D is
-    trained by Adam (`lr_discriminator`, `beta1`, `beta2`). Sec. 4.1 gives its layers and the weight 0.01, nothing else.
- 5. An epoch is one pass over the target's training images; the paper says 20 epochs, not of what. The source stage's length
-    is not in the paper: `source_epochs`. Source stage and warm-up use the stages' SGD; the paper gives it for the stages only.
-    Every stage has its own optimizer, and its own iterations as the rate's horizon. `encoder_rate` is 1, one rate for all
-    weights; short runs from an ImageNet encoder need less for the encoder than for a decoder that starts at random.
- 6. The source stage freezes the batch norms of a pretrained encoder only (`--freeze-bn auto`): those of ASPP and decoder
-    start at random. Warm-up and stages freeze all, as Sec. 4.1 says. Batch 1 is one image of each domain. No dropout.
- 7. Eq. (11)'s active states are not printed: here the class with the highest probability, where that is strictly greater
-    than P_0, as in Eq. (6).
- 8. A class without a source pixel has no anchor (NaN, 0/0): it is never nearest, and its pixels are not in Eqs. (8) and (10).
- 9. Table 4's superscript P is printed LP, and not everywhere: the row "L_dis^LP + L_dis^LP" is read as L_dis^tP, "L_dis^s +
+ 1. Sec. 3.2 says DeepLab v2; the authors confirm v3+ with ResNet-101, as in their code. f_D is the decoder's feature, 256
+    channels at stride 4, that enters the last 1x1 convolution.
+ 2. Eqs. (2), (8)-(11): sums over pixels are means over the labelled ones, in Eq. (2) of the image, else of the feature grid.
+ 3. Eqs. (8), (10): the squared distance is also a mean over f_D's channels, so that lambda1 = 0.3 trains at the paper's rate;
+    `--lambda1 76.8` (0.3 x 256) is the printed sum over channels.
+ 4. Sec. 3.2: anchors, active states and labels are computed on the feature grid, from whole images at `source_size` and
+    `target_size`; ground truth comes to the grid, and labels to the image, by the nearest pixel.
+ 5. Sec. 3.4: the adversarial loss is [14]'s towards the source only: binary cross entropy on D(f_D), each domain's half of D's
+    loss weighs 0.5. [14]'s category-specific part is not used: the paper says "global feature alignment".
+ 6. Sec. 4.1 gives D's layers and the weight 0.01 only; D is trained by Adam (`lr_discriminator`, `beta1`, `beta2`).
+ 7. Sec. 4.1: an epoch is one pass over the target's training images; the paper does not say over which set. It gives no
+    length of the source stage: 59,500 iterations, 20 x 2,975.
+ 8. Sec. 4.1 gives SGD for the stages only; source stage and warm-up use it too. Each stage has its own optimizer, and its
+    iterations as the rate's horizon. `encoder_rate` below 1 helps short runs from a pretrained encoder.
+ 9. Sec. 4.1 freezes all batch norms. The source stage freezes those of a pretrained encoder only, as the others start at
+    random. Batch 1 is one image of each domain. No dropout.
+10. Eq. (11)'s active states are not printed: the class with the highest probability, where it is greater than P_0.
+11. Eq. (4): a class without a source pixel has no anchor (NaN, 0/0); it is never nearest, and Eqs. (8), (10) skip its pixels.
+12. Table 4 prints the superscript P as LP, and not everywhere: the row "L_dis^LP + L_dis^LP" is read as L_dis^tP, "L_dis^s +
     L_dis^LP" as L_dis^s + L_dis^t, "L_CE^s + L_CE^LP" as L_CE^t + L_CE^tP.
-The authors' code differs from their paper in ways that are not taken: anchors of correctly predicted pixels only, as a running
-mean of per-image means whose count stops at 3,000; the distance loss as smooth L1 between per-image class means, rescaled;
-both target cross entropies at 0.5; pseudo labels made on each crop by a fixed copy of the warmed-up model; rate 1e-4, weight
-decay 2e-4, batch 4, crop 896x512, flips, batch norm trained. Misprints that do not matter here: SYNTHIA's images are
-1280x760, Cityscapes has 2,975 training images.
+The authors' code differs from their paper in ways that are not taken:
+13. Eq. (4): anchors of correctly predicted pixels only, as a running mean of per-image means whose count stops at 3,000.
+14. Eqs. (8), (10): smooth L1 between anchors and per-image class means of the pixels predicted as their label, without classes
+    under 10 pixels, divided by 10 while above 5, times 10; its gradient is scaled by twice the class's share of the image.
+15. Eq. (12): weights 0.7 for the distances, 0.5 for each cross entropy of the target.
+16. Sec. 3.4: pseudo labels are made on each crop in training, by a fixed copy of the warmed-up model.
+17. Sec. 4.1: rate 1e-4, weight decay 2e-4, batch 4, crop 896x512, flips, batch norm trained, dropout before f_D, input RGB/255
+    without normalisation; the best checkpoint on the validation set is kept.
+Misprints without effect: SYNTHIA's images are 1280x760, Cityscapes has 2,975 training images.
 """
 
 from __future__ import annotations
@@ -102,10 +104,11 @@ class Config:
                                   choices=("all", "encoder", "none"))
     warmup: bool = option(True, "warm up before stage 1", paper=True, section="Sec. 3.4")
     K: int = option(3, "stages after the warm-up", paper=3, section="Table 4", low=1)
-    margin: float = option(2.5, "Delta_d of Eqs. (6) and (7)", paper=2.5, section="Sec. 4.1", low=0.0)
+    margin: float = option(2.5, "Delta_d of Eqs. (6), (7): about half the distance between nearest anchors", paper=2.5,
+                           section="Sec. 4.1", low=0.0)
     threshold: float = option(0.95, "P_0, probability above which Eq. (11) takes a pixel", paper=0.95, section="Sec. 4.1",
                               low=0.0, high=1.0)
-    lambda1: float = option(0.3, "weight of the distance losses, Eq. (12)", paper=0.3, section="Sec. 4.1", low=0.0)
+    lambda1: float = option(0.3, "distances' weight in Eq. (12); 76.8: the printed sum", paper=0.3, section="Sec. 4.1", low=0.0)
     lambda2: float = option(0.7, "weight of the target's cross entropies, Eq. (12)", paper=0.7, section="Sec. 4.1", low=0.0)
     lambda_adv: float = option(0.01, "weight of the warm-up's adversarial loss", paper=0.01, section="Sec. 4.1", low=0.0)
     terms: tuple[str, ...] = option(("ce_t", "ce_tP", "dis_s", "dis_t"), "terms of Eq. (12) besides L_CE^s; dis_tP: Table 4",
@@ -118,11 +121,9 @@ class Config:
     lr_discriminator: float = option(1e-4, "Adam's initial rate for D", low=0.0)
     beta1: float = option(0.9, "Adam's beta_1 for D", low=0.0, high=0.99999)
     beta2: float = option(0.99, "Adam's beta_2 for D", low=0.0, high=0.99999)
-    source_epochs: float = option(20.0, "length of the source stage, in passes over the target's images", low=1e-3)
-    warmup_epochs: float = option(20.0, "length of the warm-up, in passes over the target's images", paper=20.0,
-                                  section="Sec. 4.1", low=1e-3)
-    stage_epochs: float = option(20.0, "length of each stage, in passes over the target's images", paper=20.0,
-                                 section="Sec. 4.1", low=1e-3)
+    source_iterations: int = option(59_500, "length of the source stage; 20 x 2,975", low=1)
+    warmup_epochs: float = option(20.0, "warm-up's length, in passes over the target", paper=20.0, section="Sec. 4.1", low=1e-3)
+    stage_epochs: float = option(20.0, "a stage's length, in passes over the target", paper=20.0, section="Sec. 4.1", low=1e-3)
     batch_size: int = option(1, "images a batch, of each domain", paper=1, section="Sec. 4.1", low=1)
     source_size: Size | None = option(None, "source images are resized to it; automatic: their own size")
     target_size: Size | None = option(None, "target images are resized to it, also in the test; automatic: their own size")
@@ -136,12 +137,10 @@ def stage_names(cfg: Config) -> tuple[str, ...]:
     return ("source", *("warmup",) * cfg.warmup, *(f"stage{k}" for k in range(1, cfg.K + 1)))
 
 
-# lambda1: the squared distance is a sum over 256 channels, some 50 against a cross entropy of 0.5, and with a rate for few
-# iterations 0.3 makes it diverge; 0.0012 is 0.3 / 256. margin: after so short a warm-up from ImageNet weights, 2.5 leaves
-# eleven of the classes hardly a pixel; d' - d* is above 0.5 for three quarters of the pixels.
+# margin: from ImageNet weights, d' - d* is above 0.5 for three quarters of the pixels; 2.5 leaves eleven classes hardly any.
 TOY = dict(data="data/toycity", init="none", backbone="resnet18", source_size=Size(128, 64), target_size=Size(128, 64),
-           crop=Size(128, 64), batch_size=2, lr=5e-3, source_epochs=6.0, warmup_epochs=2.5, stage_epochs=2.5, lambda1=0.0012,
-           margin=0.5, lr_discriminator=3e-4, workers=0, amp="bf16", channels_last=True)
+           crop=Size(128, 64), batch_size=2, lr=5e-3, source_iterations=720, warmup_epochs=2.5, stage_epochs=2.5, margin=0.5,
+           lr_discriminator=3e-4, workers=0, amp="bf16", channels_last=True)
 
 _CAG = "--from {source only}/source.pt"
 _CONTROL = f"{_CAG} --lambda-adv 0 --lambda1 0 --lambda2 0"
@@ -230,7 +229,8 @@ def anchor_pseudo_labels(distances: Tensor, margin: float = 2.5) -> Tensor:
     Eq. (6):  a = 1 if d_c' - d_c* > Delta_d, else 0
     Eq. (7):  y^_c* = 1 if d_c* < d_c - Delta_d for all c != c*
 
-    Args: distances (N, C, h, w) of Eq. (5); margin Delta_d, in the feature's own scale.
+    Args: distances (N, C, h, w) of Eq. (5); margin Delta_d, in the feature's scale. The authors' anchors have norms of 7 to 12
+        and nearest neighbours at 5 to 8, so 2.5 is about half that distance: the rule for other networks.
     Returns: (N, h, w) int64, 255 where the pixel is not active.
     """
     nearest, gap = nearest_anchor(distances)
@@ -253,11 +253,11 @@ def distance_loss(feat: Tensor, label: Tensor, anchors: Tensor) -> Tensor:
         feat: (N, D, h, w) float.
         label: (N, h, w) int64 on the feature's grid, 0..C-1, 255 ignored.
         anchors: (C, D) float, fixed; pixels of a class without anchor (NaN) are left out.
-    Returns: 0-d, mean over the pixels that are left (the paper sums); exactly 0, with zero gradient, if there are none.
+    Returns: 0-d, mean over these pixels and the D channels (the paper sums); exactly 0, with zero gradient, if there are none.
     """
     anchor = F.pad(anchors.nan_to_num(), (0, 0, 0, 1))[label.clamp(max=len(anchors))].movedim(-1, 1)   # (N, D, h, w)
     labelled = anchored(label, anchors)                                                      # (N, h, w)
-    square = (anchor - at_least_float32(feat)).square().sum(dim=1)                           # (N, h, w)
+    square = (anchor - at_least_float32(feat)).square().mean(dim=1)                          # (N, h, w)
     return (square * labelled).sum() / labelled.sum().clamp(min=1)
 
 
@@ -569,8 +569,8 @@ def main(argv: list[str] | None = None) -> None:
     run.start_from(model)
     run.watch(model, test, classes)
     adaptation = iterations(cfg.warmup_epochs) * cfg.warmup + iterations(cfg.stage_epochs) * cfg.K
-    # An upper bound has to be trained as long as what it bounds.
-    train_source(run, cfg, model, source, iterations(cfg.source_epochs) + options.target_labels * adaptation)
+    # The upper bound trains for as many iterations as the adapted model.
+    train_source(run, cfg, model, source, cfg.source_iterations + options.target_labels * adaptation)
     run.evaluate("source", model, test, classes, tests)
 
     model.freeze_bn(cfg.adapt_freeze_bn)

@@ -6,10 +6,13 @@ import contextlib
 import copy
 import dataclasses
 import datetime
+import inspect
+import itertools
 import json
 import math
 import re
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -20,7 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import cag
 from cag import SegmentationDataset, Size, class_list
-from common.data import find_pairs
+from common.data import Augment, find_pairs
 from common.deeplab import build_model
 from common.run import Options, Run
 
@@ -85,8 +88,8 @@ def eq7(d, margin):
 
 
 def eq8(feat, label, anchors):
-    return mean([sum((p - q) ** 2 for p, q in zip(anchors[y].tolist(), f)) for f, y in zip(rows(feat), label.flatten().tolist())
-                 if y != IGNORE and not anchors[y].isnan().any()])
+    return mean([(p - q) ** 2 for f, y in zip(rows(feat), label.flatten().tolist())
+                 if y != IGNORE and not anchors[y].isnan().any() for p, q in zip(anchors[y].tolist(), f)])
 
 
 def nearest(label, h, w):
@@ -198,11 +201,12 @@ def test_distance_loss_is_eq_8():
     loss.backward()
     assert loss.shape == () and loss.item() == pytest.approx(eq8(feat, label, anchors), rel=1e-12)
     used = [y not in (IGNORE, 1) for y in label.flatten().tolist()]
-    by_hand = [[2 * (p - q) / sum(used) if use else 0 for p, q in zip(f, anchors[y if use else 0].tolist())]
+    by_hand = [[2 * (p - q) / (6 * sum(used)) if use else 0 for p, q in zip(f, anchors[y if use else 0].tolist())]
                for f, y, use in zip(rows(feat), label.flatten().tolist(), used)]
     np.testing.assert_allclose(rows(feat.grad), by_hand, rtol=1e-12)
     corner = feat[1:2, :, :2, :2].detach().requires_grad_()
     assert torch.autograd.gradcheck(lambda f: cag.distance_loss(f, label[1:2, :2, :2], anchors), corner)
+    assert cag.distance_loss(torch.tensor([3.0, 4]).reshape(1, 2, 1, 1), torch.tensor([[[0]]]), torch.zeros(1, 2)) == 12.5
     rounded = feat.detach().bfloat16()
     low = cag.distance_loss(rounded, label, anchors.float())
     assert low.dtype == torch.float32 and low.item() == pytest.approx(eq8(rounded, label, anchors.float()), rel=1e-5)
@@ -249,6 +253,42 @@ def test_discriminator_is_that_of_sec_4_1():
         expected = (expected.clamp(min=0), torch.where(expected > 0, expected, 0.2 * expected), expected)[max(0, k - 2)]
     torch.testing.assert_close(D(x[:, :, :31, :33]), expected)
     assert D(x).shape == (1, 1, 5, 10) and D(x[:, :, :8, :16]).shape == (1, 1, 1, 1)
+
+
+def pixels(vectors):
+    """(1, D, 1, M) of M vectors."""
+    return torch.tensor(vectors, dtype=torch.float64).T[None, :, None]
+
+
+def test_golden_numbers():
+    """The values that the paper's loops give, with the departures' means; class 2 has no anchor."""
+    feat, inf = pixels([[1.25, -0.5], [0.25, 2.0], [-1.0, 0.75], [3.0, -2.0]]), math.inf
+    logits = pixels([[2.0, 0.5, -1.0, 0.0], [0.0, 0.25, 1.0, 3.0], [0.5, 0.75, 0.0, -0.5], [-2.0, 1.0, 4.0, 1.5]])
+    anchors = torch.tensor([[1.0, 0.5], [-0.75, 1.25], [math.nan] * 2, [2.0, -1.5]], dtype=torch.float64)
+    label, d = torch.tensor([[[0, 3, IGNORE, 2]]]), cag.anchor_distances(feat, anchors)
+    total, count = cag.class_sums(feat, torch.tensor([[[0, 3, 0, IGNORE]]]), 4)
+    assert total.tolist() == [[0.25, 0.25], [0, 0], [0, 0], [0.25, 2.0]] and count.tolist() == [2, 0, 0, 1]
+    np.testing.assert_allclose(rows(d), [[1.0307764064044151, 2.6575364531836625, inf, 1.25],
+                                         [1.6770509831248424, 1.25, inf, 3.913118960624632],
+                                         [2.0155644370746373, 0.5590169943749475, inf, 3.75],
+                                         [3.2015621187164243, 4.962358310319802, inf, 1.118033988749895]], rtol=1e-12)
+    closest, gap = cag.nearest_anchor(d)
+    assert closest.flatten().tolist() == [0, 1, 1, 3]
+    assert gap.flatten().tolist() == pytest.approx([0.21922359359558485, 0.42705098312484235, 1.4565474426996898,
+                                                    2.0835281299665294], rel=1e-12)
+    assert cag.anchor_pseudo_labels(d, 0.43).flatten().tolist() == [IGNORE, IGNORE, 1, 3]
+    assert cag.probability_pseudo_labels(logits, 0.75).flatten().tolist() == [IGNORE, 3, IGNORE, 2]
+    d_s, d_t = pixels([[0.5], [-1.5]]), pixels([[0.25], [2.0], [-0.75]])
+    values = (cag.cross_entropy_loss(logits, label), cag.distance_loss(feat, label, anchors), cag.adversarial_loss(d_t),
+              cag.discriminator_loss(d_s, d_t))
+    assert torch.stack(values).tolist() == pytest.approx([0.23026451231479297, 4.09375, 0.6132461456789055,
+                                                          1.1004956383801672], rel=1e-12)
+
+
+def test_lambda1_of_76_8_is_the_printed_sum_over_256_channels():
+    feat, label, anchors = random(1, 256, 2, 2), torch.tensor([[[0, 1], [1, IGNORE]]]), anchors_of(2, 256)
+    printed = sum((anchors[y] - torch.tensor(f)).square().sum().item() for f, y in zip(rows(feat), (0, 1, 1)))     # Eq. (8)
+    assert 76.8 * cag.distance_loss(feat, label, anchors).item() == pytest.approx(0.3 * printed / 3, rel=1e-6)
 
 
 # --------------------------------------------------------------------- the training stages, Eq. (12)
@@ -411,7 +451,7 @@ def test_gap_quantiles():
 
 def start(data, runs, *more):
     small = ("--backbone resnet18 --init none --source-size 64x32 --target-size 64x32 --crop 64x32 --workers 0 --no-warmup "
-             "--source-epochs 0.25 --stage-epochs 0.25 --log-every 1 --device cpu")
+             "--source-iterations 2 --stage-epochs 0.25 --log-every 1 --device cpu")
     cag.main(["--data", str(data), "--runs", str(runs), *small.split(), *map(str, more)])
 
 
@@ -422,6 +462,110 @@ def log_of(folder, stage, key):
 
 def images(city, domain):
     return SegmentationDataset(find_pairs(city, domain, labels=domain == "gta5"), domain, class_list("gta5"), Size(64, 32))
+
+
+def where(pair):
+    """The domain and split of an image."""
+    return next(part for part in pair.image.parts if part in ("gta5", "cityscapes")) + "/val" * ("val" in pair.image.parts)
+
+
+class Stages:
+    """Puts itself between main and the stage functions: what each is handed, and which images are read between them."""
+
+    def __init__(self, monkeypatch):
+        self.timeline, self.handed = [], []
+        for name in ("train_source", "warm_up", "prepare_stage", "train_stage"):
+            monkeypatch.setattr(cag, name, self.between(getattr(cag, name)))
+        for name in ("SGD", "Adam"):
+            monkeypatch.setattr(torch.optim, name, self.optimizer(name, getattr(torch.optim, name)))
+        monkeypatch.setattr(SegmentationDataset, "__getitem__", self.item(SegmentationDataset.__getitem__))
+
+    def between(self, function):
+        def called(*args, **kwargs):
+            given = inspect.signature(function).bind(*args, **kwargs).arguments
+            model = given["model"]
+            self.note(f"{function.__name__} {given.get('k', '')}".strip())
+            self.handed.append(handed := {
+                "iterations": given.get("iterations"), "anchors": given.get("anchors"), "before": self.weights(model),
+                "learning": {name.startswith("encoder") for name, m in model.named_modules()
+                             if isinstance(m, nn.BatchNorm2d) and (m.training or m.weight.requires_grad)},
+                **{domain: self.images(given[domain]) for domain in ("source", "target") if domain in given}})
+            returned = function(*args, **kwargs)
+            handed["after"] = self.weights(model)
+            return returned
+        return called
+
+    def optimizer(self, name, kind):
+        def made(groups, **rates):
+            made = kind(groups, **rates)
+            self.handed[-1][name] = sorted(group["lr"] for group in made.param_groups)
+            return made
+        return made
+
+    def item(self, read):
+        def item(dataset, key):
+            got = read(dataset, key)
+            if not isinstance(key, tuple):                                      # an evaluation item
+                self.note(f"{where(dataset.pairs[key])} {got[0].shape[2]}x{got[0].shape[1]}")
+            return got
+        return item
+
+    def note(self, event):
+        self.timeline += [event] * (self.timeline[-1:] != [event])
+
+    @staticmethod
+    def images(dataset):
+        """Where the images are from, how many, their size, their augmentation, the labels; and the folders of maps."""
+        domain, = {where(pair) for pair in dataset.pairs}
+        labelled, = {pair.label is not None for pair in dataset.pairs}
+        return (domain, len(dataset), str(dataset.size), dataset.augment, labelled), [str(Path(x)) for x in dataset.maps]
+
+    @staticmethod
+    def weights(model):
+        return torch.cat([p.detach().double().flatten() for p in model.parameters()]).norm().item()
+
+
+def test_what_every_stage_is_handed(city, tmp_path, monkeypatch):
+    """Five source images, eight of the target, three to test on; all sizes and lengths differ."""
+    shutil.copytree(city, tmp_path / "data")
+    for path in [path for folder in ("images", "labels") for path in sorted((tmp_path / "data/gta5" / folder).iterdir())[5:]]:
+        path.unlink()
+    torch.manual_seed(3)
+    initial = build_model("v3+", "resnet18", 19, "none")
+    torch.save(initial.state_dict(), tmp_path / "initial.pth")
+    flags = ("--init", tmp_path / "initial.pth", *(
+        "--source-size 80x48 --target-size 72x40 --crop 56x24 --scale 1 1.25 --batch-size 2 --source-iterations 3 --warmup "
+        "--warmup-epochs 1.25 --stage-epochs 0.5 --K 2 --lr 1e-3 --encoder-rate 0.5 --lr-discriminator 3e-4").split())
+    stages = Stages(monkeypatch)
+    start(tmp_path / "data", tmp_path, *flags)
+    test, labelling = "cityscapes/val 72x40", ["gta5 80x48", "cityscapes 72x40"]           # Algorithm 1, lines 4 to 6
+    assert stages.timeline == ["train_source", test, "warm_up", test, "prepare_stage 1", *labelling, "train_stage 1", test,
+                               "prepare_stage 2", *labelling, "train_stage 2", test]
+
+    train_source, warm_up, prepare1, stage1, prepare2, stage2 = every = stages.handed
+    augment, folder = Augment(scale=(1.0, 1.25), crop=Size(56, 24)), tmp_path / "cag-gta5"
+    source, target = ("gta5", 5, "80x48", augment, True), ("cityscapes", 8, "72x40", augment, False)
+    assert all(handed["source"] == (source, []) for handed in every)
+    assert all(handed["target"] == (target, []) for handed in (warm_up, prepare1, prepare2))
+    for k, handed in ((1, stage1), (2, stage2)):
+        assert handed["target"] == (target, [f"{folder}/stage{k}/{kind}_labels" for kind in ("anchor", "probability")])
+        written = torch.load(folder / f"stage{k}/anchors.pt", weights_only=True)
+        assert torch.equal(handed["anchors"].nan_to_num(), written.nan_to_num()) and written.any()
+    assert not torch.equal(stage1["anchors"].nan_to_num(), stage2["anchors"].nan_to_num())
+
+    assert [handed["iterations"] for handed in every] == [3, 5, None, 2, None, 2]          # 8 images are 4 iterations
+    assert train_source["learning"] == {False} and not any(handed["learning"] for handed in every[1:])     # Sec. 4.1
+    assert all(handed["SGD"] == [5e-4, 1e-3] for handed in (train_source, warm_up, stage1, stage2))
+    assert [handed.get("Adam") for handed in every] == [None, [3e-4], None, None, None, None]
+    assert train_source["before"] == stages.weights(initial)
+    assert all(handed["before"] == before["after"] for before, handed in itertools.pairwise(every))
+    assert [handed["before"] != handed["after"] for handed in every] == [True, True, False, True, False, True]
+
+    stages.handed.clear()
+    start(tmp_path / "data", tmp_path, *flags, "--tag", "up", "--stage", "source", "--target-labels")
+    upper = stages.handed[0]
+    assert upper["source"] == (("cityscapes", 8, "72x40", augment, True), []) and upper["iterations"] == 3 + 5 + 2 * 2
+    assert upper["before"] == stages.weights(initial) and upper["learning"] == {False}
 
 
 @pytest.fixture(scope="module")
@@ -617,6 +761,7 @@ def test_defaults_are_the_papers():
     fields = {f.name: f for f in dataclasses.fields(cag.Config) if f.metadata["paper"] is not None}
     assert {name: f.metadata["paper"] for name, f in fields.items()} == PAPER
     assert {name: f.default for name, f in fields.items()} == PAPER
+    assert cag.Config().source_iterations == 20 * 2975                          # 20 epochs of Cityscapes, as the other stages
     assert all(re.fullmatch(r"Sec\. [34]\.\d|Eq\. \(12\)|Table 4", f.metadata["section"]) for f in fields.values())
     assert cag.stage_names(cag.Config()) == ("source", "warmup", "stage1", "stage2", "stage3")
     assert cag.stage_names(cag.Config(warmup=False, K=1)) == ("source", "stage1")

@@ -30,7 +30,7 @@ FLAGS = {                                              # {b}: images a process, 
               "--crop 64x32 --stm-backbone warmup --samples 300 --stm-samples 300 --components 2 --J 3 --pl-ratio 0.6 "
               "--test-scales 1.0 --lr 1e-2 --adapt-lr 1e-4",
     "c2f": "--step0-iterations 2 --step-iterations 2 --K 1 --crop 64x32 --batch-size {b} --lr 1e-2 --triplet-target",
-    "cag": "--source-epochs 0.5 --warmup-epochs 0.5 --stage-epochs 0.5 --K 1 --crop 64x32 --margin 0.05 --batch-size {b} "
+    "cag": "--source-iterations 2 --warmup-epochs 0.5 --stage-epochs 0.5 --K 1 --crop 64x32 --margin 0.05 --batch-size {b} "
            "--lr 1e-3 --terms ce_t ce_tP dis_s dis_t dis_tP --threshold 0.1",
     "fada": "--source-iterations 2 --adversarial-iterations 2 --distill-iterations 2 --batch-size {b2} --test-scales 1.0 "
             "--lr 1e-2",

@@ -26,7 +26,7 @@ FLAGS = {
               "--crop 64x32 --stm-backbone warmup --samples 300 --stm-samples 300 --components 2 --J 3 --pl-ratio 0.6 "
               "--test-scales 1.0",
     "c2f": "--step0-iterations 3 --step-iterations 3 --K 1 --crop 64x32 --batch-size 1",
-    "cag": "--source-epochs 0.375 --warmup-epochs 0.375 --stage-epochs 0.375 --K 1 --crop 64x32 --margin 0.05",
+    "cag": "--source-iterations 3 --warmup-epochs 0.375 --stage-epochs 0.375 --K 1 --crop 64x32 --margin 0.05",
     "fada": "--source-iterations 3 --adversarial-iterations 3 --distill-iterations 3 --batch-size 2 --test-scales 1.0",
     "sim": "--iterations 3",
 }

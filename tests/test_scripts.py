@@ -24,7 +24,7 @@ SCRIPTS = {
               "--batch-size 1 --crop 64x32 --stm-backbone warmup --samples 500 --stm-samples 500 --components 2 --J 4 "
               "--pl-ratio 0.6 --lr 1e-4",
     "c2f": "--step0-iterations 3 --step-iterations 3 --K 2 --crop 64x32 --batch-size 1",
-    "cag": "--source-epochs 0.375 --warmup-epochs 0.375 --stage-epochs 0.375 --K 2 --crop 64x32 --margin 0.05",
+    "cag": "--source-iterations 3 --warmup-epochs 0.375 --stage-epochs 0.375 --K 2 --crop 64x32 --margin 0.05",
     "fada": "--source-iterations 3 --adversarial-iterations 3 --distill-iterations 3 --batch-size 2",
     "sim": "--iterations 3",
 }

@@ -41,7 +41,8 @@ Departures:
  5. Sec. 4.3: multi-scale testing is named, not described: mean of the softmax over `test_scales`, each also flipped.
  6. Sec. 4.3: image sizes (`source_size`, `target_size`), the strength of colour jitter (`jitter`) and the classifier's ten
     times higher rate (common/deeplab.py) are the usual ones of the field; the paper does not give them.
- 7. Sec. 4.3: batch norm of pretrained encoders is frozen (`--freeze-bn`) but in distillation; the paper does not say.
+ 7. Sec. 4.3: batch norm of pretrained encoders is frozen (`--freeze-bn`), but trained in distillation unless the source is
+    SYNTHIA or `--freeze-bn` is given (`--distill-freeze-bn`); the paper does not say.
  8. Sec. 4.3: `batch_size` is eight in every stage; the paper says eight, four per domain, for what has both domains.
  9. Sec. 4.3: each stage has its own optimizer, and the poly rate's horizon is the stage's own iterations.
 10. Sec. 4.5: Eq. (9) is measured over the labelled pixels of `ccd_images` images per domain on the feature grid: per domain
@@ -110,8 +111,8 @@ class Config:
                                        "automatic: twice target_size, so 2048x1024")
     distill_scale: tuple[float, ...] = option((0.5, 1.5), "range of the random resize in self-distillation", low=0.1)
     distill_crop: Size | None = option(None, "random crop in self-distillation; automatic: target_size, so 1024x512")
-    distill_freeze_bn: str = option("auto", "batch norm kept fixed in self-distillation; auto: as --freeze-bn for SYNTHIA, "
-                                    "none for the others", choices=("auto", "all", "encoder", "none"))
+    distill_freeze_bn: str = option("auto", "batch norm kept fixed in self-distillation; auto: as before it for SYNTHIA or "
+                                    "where --freeze-bn is given, else none", choices=("auto", "all", "encoder", "none"))
     batch_size: int = option(8, "images per batch; half of each domain in the adversarial stage", paper=8, section="Sec. 4.3",
                              low=2)
     source_size: Size | None = option(None, "source images are resized to it; automatic: 1280x720 for GTA5, 1280x760 for "
@@ -468,8 +469,8 @@ def main(argv: list[str] | None = None) -> None:
                     write_pseudo_labels(run, model, target, folder, cfg.distill_size)
                 labelled = labelled.with_maps(folder)
             model = run.network("v2", classes)                              # the student
-            frozen = {"auto": model.frozen_bn if cfg.source == "synthia" else "none"}
-            model.freeze_bn(frozen.get(cfg.distill_freeze_bn, cfg.distill_freeze_bn))
+            automatic = model.frozen_bn if cfg.source == "synthia" or cfg.freeze_bn != "auto" else "none"
+            model.freeze_bn(automatic if cfg.distill_freeze_bn == "auto" else cfg.distill_freeze_bn)
             run.watch(model, test_large, classes)
             self_distill(run, cfg, model, labelled)
             run.evaluate("distill", model, test_large, classes, both)

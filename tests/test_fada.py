@@ -13,6 +13,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
+import torchvision
 from torch import nn
 
 import fada
@@ -569,7 +570,7 @@ def test_what_the_paper_does_not_give_says_so(capsys):
 
 
 STAGES = ("train_source", "adversarial", "write_pseudo_labels", "self_distill")
-SMALL = ("--backbone resnet18 --init none --workers 0 --freeze-bn encoder --source-size 80x40 --target-size 48x24 --crop 40x20 "
+SMALL = ("--backbone resnet18 --workers 0 --source-size 80x40 --target-size 48x24 --crop 40x20 "
          "--jitter 0.3 --lr 0.003 --momentum 0.8 --weight-decay 0.02 --batch-size 2 --source-iterations 2 "
          "--adversarial-iterations 3 --distill-iterations 1 --distill-size 112x56 --distill-crop 56x28 --distill-scale 0.6 1.2 "
          "--test-scales 0.5 1.0")
@@ -662,7 +663,9 @@ def check_evaluation(looked, size, scales=(1.0,)):
 
 @pytest.mark.parametrize("source, norms", [("gta5", TRAINED), ("synthia", FROZEN)])
 def test_each_stage_is_handed_what_it_should_be(source, norms, uneven, tmp_path, monkeypatch):
-    wiring, where = Wiring(monkeypatch), ["--data", str(uneven), "--runs", str(tmp_path), "--source", source]
+    torch.save(torchvision.models.resnet18().state_dict(), tmp_path / "pretrained.pth")
+    where = ["--data", uneven, "--runs", tmp_path, "--init", tmp_path / "pretrained.pth", "--source", source]
+    wiring, where = Wiring(monkeypatch), [*map(str, where)]
     small, middle, large = fada.Size(80, 40), fada.Size(48, 24), fada.Size(112, 56)
     moved = Augment(flip=True, jitter=0.3, crop=fada.Size(40, 20))
     of_source = {"domain": source, "split": set(), "images": 5, "size": small,
@@ -695,10 +698,11 @@ def test_each_stage_is_handed_what_it_should_be(source, norms, uneven, tmp_path,
     check_evaluation(stages["adversarial"][2], middle, (0.5, 1.0))
 
     begun = str(tmp_path / "fada-gta5/adversarial.pt")
-    stages = wiring.run(*where, "--from", begun, "--distill-freeze-bn", "all", "--tag", "frozen")
-    assert same(stages["write_pseudo_labels"][0]["model"], adapted) and stages["self_distill"][0]["target"] == distilled
-    student = stages["self_distill"][0]["student"]
-    assert student["norms"] == FROZEN and same(student, first["model"])
+    for flags, norms in (("--freeze-bn all", FROZEN), ("--freeze-bn all --distill-freeze-bn none", TRAINED)):
+        stages = wiring.run(*where, "--from", begun, *flags.split(), "--tag", flags.split()[-1])
+        assert same(stages["write_pseudo_labels"][0]["model"], adapted) and stages["self_distill"][0]["target"] == distilled
+        student = stages["self_distill"][0]["student"]
+        assert student["norms"] == norms and same(student, first["model"])
 
     check_evaluation(wiring.run(*where, "--eval")[None][2], large, (0.5, 1.0))
     check_evaluation(wiring.run(*where, "--eval", "--from", begun)[None][2], middle, (0.5, 1.0))

@@ -2,8 +2,8 @@
 
 Wang, Yu, Wei, Feris, Xiong, Hwu, Huang, Shi. CVPR 2020. arXiv:2003.08040
 
-Features of correctly predicted source regions are kept in banks: one a stuff class and image, one a connected region of a
-thing class. The mean feature of every region that the model predicts in a target image is pulled to the most similar kept
+Features of correctly predicted source regions are kept in banks: one per stuff class and image, one per connected region of
+a thing class. The mean feature of every region that the model predicts in a target image is pulled to the most similar kept
 feature of its class, beside adversarial adaptation of the output. Then pseudo labels, and the same once more with them.
 
     Eqs. (1), (10)   segmentation_loss                       L_seg^S, and L_seg^T on pseudo labels
@@ -23,7 +23,7 @@ feature of its class, beside adversarial adaptation of the output. Then pseudo l
     F, C, G = C o F   encoder, classifier, network            f, feat    features, F's output
     L_G, L_P, L_C     label maps on the feature's grid: ground truth, prediction, correct prediction
     S^b, S^k          kept source features                    b in B, k in K   stuff (background), things (foreground)
-    w     `--w`, kept features a stuff class                  z          `--z`, regions a thing class and image; it keeps z w
+    w     `--w`, kept features per stuff class                z          `--z`, regions per thing class and image; it keeps z w
     D     discriminator, D = P(target)                        lambda_..  weights in Eqs. (12) and (13)
 
 Stages: step1 -> step2.
@@ -37,29 +37,26 @@ Stages: step1 -> step2.
     python sim.py --source gta5 --eval                       only evaluate what the run has reached
 
 Departures:
- 1. Sums over pixels are means over the labelled pixels, Eqs. (2) and (3) are means over D's outputs, Eqs. (6) and (8) means
-    over the images. The paper prints sums, whose scale would change with the image.
- 2. ||x||_1^2 in Eqs. (6) and (8) is read as the mean of |x| over the channels: the abstract says L1 loss, and a squared sum
-    over 2,048 channels has no usable scale.
- 3. Eq. (5) prints j = i mod w: a place would be written only by every w-th image, and left out where the class is absent.
-    Here each class has its own counter, which moves on a write, as c_k of Algorithm 1. "A != 0" is read as: the class occurs.
- 4. Label maps are on the feature's grid: predictions before enlarging, ground truth and pseudo labels by the nearest pixel.
- 5. At most z regions of a class and target image are matched, the largest ones, as Sec. 6.2 says in words; regions are
-    8-connected (the paper does not say), of two equally large ones the first in reading order comes first.
- 6. A place of a bank that was never written is never matched; a class without kept features, or that an image does not
-    have, contributes nothing. In an iteration source features are kept first, then target features are matched.
- 7. y^k is the lower edge of the bin, of 1,000, with the median confidence, the lower one of two; a class that is never
-    predicted has 0.9. Eq. (9) is read as Sec. 6.2 says it: the predicted class, where its own confidence is above y^k.
- 8. lambda_adv is Sec. 5.1's 0.001; Sec. 6.2 prints 0.01.
- 9. 200,000 iterations a step and batches of one image of each domain are not in the paper; nor is a crop (`--crop`). Images
-    are not flipped or jittered: the paper names no augmentation.
-10. Batch norm of pretrained encoders is frozen (`--freeze-bn`), the classifier's rate is ten times higher
-    (common/deeplab.py), each step has its own rate horizon; the paper does not say.
-11. Without `--source-images` the translated images ("IT") of Tables 2 and 6 are missing: the default is AA + SIM + SSL, a row
-    that the paper does not have.
-The authors' code differs from their paper in ways that are not taken: it does not apply Eq. (11); classifies pooled features
-and keeps only those that it classifies rightly; matches a class only after its ring is full; has lambda_ci 0.001 in step 2,
-no Nesterov momentum, D's two terms halved; and holds all confidences of the target set in memory.
+ 1. Eqs. (1)-(3), (6), (8), (10): sums are means, over labelled pixels, D's outputs or images: a sum's scale depends on them.
+ 2. Eqs. (6), (8): ||x||_1^2 is the mean of |x| over channels: the abstract says L1 loss, a squared sum has no usable scale.
+ 3. Eq. (5): j is a counter per class that moves on a write, as c_k of Algorithm 1; the printed i mod w leaves out places of
+    rare classes. "A != 0" is read as: the class occurs.
+ 4. Sec. 4.1: label maps are on the feature's grid: predictions before enlarging, labels by the nearest pixel centre.
+ 5. Sec. 4.1: regions are 8-connected, which the paper does not say; of equally large ones the first in reading order comes
+    first. At most z regions per class and target image are matched, as Sec. 6.2 says in words.
+ 6. Sec. 4.1: places never written are not matched. In each iteration source features are kept before the target's are matched.
+ 7. Sec. 6.2: y^k is the lower edge of the bin, of 1,000, with the lower median; 0.9 for a class never predicted. Eq. (9) is
+    read as Sec. 6.2 says it: the predicted class, where its own confidence is above y^k.
+ 8. Sec. 6.2 prints lambda_adv 0.01; the default is Sec. 5.1's 0.001.
+ 9. Sec. 5.2 gives no length, batch size, crop or augmentation: 200,000 iterations per step, one image per domain, none, none.
+10. Not in Sec. 5: frozen batch norm of pretrained encoders, ten times the rate for the classifier, a rate horizon per step.
+11. Table 2 has translated images ("IT") in each row with SIM: without `--source-images` the default is AA + SIM + SSL.
+12. Published code: batch norm, the encoder's only, on batch statistics at batch 1 with fixed affine parameters. This is
+    `--freeze-bn affine`; AdaptSegNet's users, whose mode it is, report 27-29, not 36.6, for "source only" without it.
+13. Published code, not taken, in the matching: Eq. (11) is skipped; pooled features are classified and only those that come out
+    right kept; a class is matched only after its ring is full; grid labels by the nearest corner, 4 pixels off.
+14. Published code, not taken, in training: the best of 40 checkpoints on val, pseudo labels from it, at confidences >= y^k;
+    rates for 250,000 iterations, stopped at 200,000; lambda_ci 0.001 in step 2; no Nesterov; D's terms halved.
 """
 
 from __future__ import annotations
@@ -89,20 +86,22 @@ SIZES = {"gta5": Size(1280, 720), "synthia": Size(1280, 760), "cityscapes": Size
 class Config:
     """the method; † marks what the paper does not give"""
 
-    source: str = option("gta5", "source domain", choices=("gta5", "synthia", "cityscapes"))
-    target: str = option("cityscapes", "target domain", choices=("cityscapes", "crosscity"))
+    source: str = option("gta5", "source domain", paper="gta5", section="Sec. 6.2",
+                         choices=("gta5", "synthia", "cityscapes"))
+    target: str = option("cityscapes", "target domain", paper="cityscapes", section="Sec. 6.1",
+                         choices=("cityscapes", "crosscity"))
     city: str = option("Rome", "city of Cross-City", choices=("Rome", "Rio", "Tokyo", "Taipei"))
     backbone: str = option("resnet101", "encoder of DeepLab v2", paper="resnet101", section="Sec. 5.1",
                            choices=("resnet101", "resnet50", "resnet18", "vgg16"))
-    freeze_bn: str = option("auto", "batch norm kept fixed; auto: encoder, or none with --init none",
-                            choices=("auto", "all", "encoder", "none"))
+    freeze_bn: str = option("auto", "batch norm kept fixed; affine: of the encoder's only the affine parameters; auto: "
+                            "encoder, or none with --init none", choices=("auto", "all", "encoder", "affine", "none"))
     ssl: bool = option(True, "step 2, with pseudo labels", paper=True, section="Table 2")
     lambda_seg: float = option(1.0, "weight of L_seg", paper=1.0, section="Sec. 5.1", low=0.0)
     lambda_adv: float = option(0.001, "weight of L_adv, Eq. (2); 0: without AA", paper=0.001, section="Sec. 5.1", low=0.0)
     lambda_ci: float = option(0.01, "weight of L_stf + L_ins; 0: without SIM", paper=0.01, section="Table 3", low=0.0)
     lambda_D: float = option(1.0, "weight of L_D, Eq. (3)", paper=1.0, section="Sec. 5.1", low=0.0)
-    w: int = option(50, "kept features of a stuff class", paper=50, section="Table 4", low=1)
-    z: int = option(10, "regions of a thing class and image, at most; z w are kept", paper=10, section="Algorithm 1", low=1)
+    w: int = option(50, "kept features per stuff class", paper=50, section="Table 4", low=1)
+    z: int = option(10, "regions per thing class and image, at most; z w are kept", paper=10, section="Algorithm 1", low=1)
     cap: float = option(0.9, "highest confidence threshold of a pseudo label", paper=0.9, section="Sec. 6.2", low=0.0, high=1.0)
     lr: float = option(2.5e-4, "SGD's initial rate", paper=2.5e-4, section="Sec. 5.2", low=0.0)
     momentum: float = option(0.9, "SGD's momentum", paper=0.9, section="Sec. 5.2", low=0.0, high=1.0)
@@ -111,11 +110,12 @@ class Config:
     lr_discriminator: float = option(1e-4, "Adam's initial rate for D", paper=1e-4, section="Sec. 5.2", low=0.0)
     beta1: float = option(0.9, "Adam's beta_1 for D", paper=0.9, section="Sec. 5.2", low=0.0, high=0.99999)
     beta2: float = option(0.99, "Adam's beta_2 for D", paper=0.99, section="Sec. 5.2", low=0.0, high=0.99999)
-    iterations: int = option(200_000, "iterations of each step", low=1)
-    batch_size: int = option(1, "images a batch, of each domain", low=1)
-    source_size: Size | None = option(None, "source images are resized to it; automatic: 1280x720 for GTA5 (Sec. 6.1), "
-                                      "1280x760 for SYNTHIA, 1024x512 for Cityscapes")
-    target_size: Size | None = option(None, "target images are resized to it, also in the test; automatic: 1024x512 (Sec. 6.1)")
+    iterations: int = option(200_000, "iterations per step", low=1)
+    batch_size: int = option(1, "images per batch, of each domain", low=1)
+    source_size: Size | None = option(None, "source images are resized to it; automatic: the paper's, 1024x512 for Cityscapes",
+                                      paper="1280x720, SYNTHIA 1280x760", section="Sec. 6.1")
+    target_size: Size | None = option(None, "target images are resized to it, also in the test; automatic: 1024x512",
+                                      paper="1024x512", section="Sec. 6.1")
     crop: Size | None = option(None, "random crop of both domains in training; automatic: none")
 
 

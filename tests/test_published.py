@@ -634,6 +634,9 @@ def test_a_script_evaluates_continues_and_exports(city, tmp_path, caffe, capsys)
 
     evaluated = table("--eval", "--init", path)
     assert table("--eval", "--from", path) == evaluated
+    for way in ("--init", "--from"):
+        fada.main([*where, "--eval", way, path, "--input", "rgb255"])
+        assert "input RGB 0-255 minus Caffe's mean" in capsys.readouterr().out
     fada.main([*where, "--from", path, "--init", "none"])
     printed = capsys.readouterr().out
     assert "--from " in printed and "adversarial 1/1" in printed and "source 1/" not in printed

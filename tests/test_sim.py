@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import math
+import re
+import shutil
 from types import SimpleNamespace
 
 import numpy as np
@@ -14,8 +17,9 @@ from PIL import Image
 from torch import nn
 
 import sim
+from common import metrics
 from common.cli import Size, UserError
-from common.data import class_list, find_pairs
+from common.data import Augment, class_list, find_pairs
 from common.deeplab import build_model
 from common.run import Options, Run
 
@@ -574,6 +578,68 @@ def test_every_combination_of_eq_11(prediction, pseudo, expected):
     assert got.tolist() == [[[expected, 1]]] and got.dtype == torch.int64
 
 
+# ------------------------------------------------------------------------------------------- golden numbers
+
+
+def normal(seed, *shape):
+    return torch.from_numpy(np.random.default_rng(seed).normal(size=shape))
+
+
+MAP = torch.tensor([[[0, 0, 1, 2, 2], [0, 1, 1, IGNORE, 2], [2, IGNORE, 2, 2, 0]]])
+LARGE = torch.from_numpy(np.random.default_rng(9).integers(0, 4, (1, 5, 9)))
+LARGE[LARGE == 3] = IGNORE
+LOGITS, FEAT = normal(0, 1, 3, 3, 5), normal(1, 1, 4, 3, 5)
+
+
+def written(store, classes, slots, *limit):
+    bank = sim.FeatureBank(classes, slots, 4).double()
+    store(FEAT, MAP, bank, *limit)
+    return bank.features
+
+
+def bank_of(samples):
+    bank = sim.FeatureBank(list(samples), 3, 4).double()
+    for k, rows in samples.items():
+        for row in rows:
+            bank.write(k, row)
+    return bank
+
+
+STUFF_BANK, THINGS_BANK = {0: normal(6, 2, 4), 1: normal(7, 3, 4)}, {2: normal(8, 3, 4)}
+CELLS = [0.28286439881249437, 0.2160081079142984, 0.39265284922070287, 0.034504524281164003]            # class 0's mean
+FIRST = [-0.20060658065408737, -0.7917621192038847, 0.356338677745544, 0.21905265988124817]      # class 2's largest region's
+GOLDEN = {                                             # computed once by the loops above, from the paper
+    "Eq. (1), label of the grid's size": (lambda: sim.segmentation_loss(LOGITS, MAP), 1.1045728264529513),
+    "Eq. (1), label of the image's size": (lambda: sim.segmentation_loss(LOGITS, LARGE), 1.4066486463465557),
+    "Eq. (2)": (lambda: sim.adversarial_loss(normal(3, 1, 1, 2, 2)), 0.9026870866810313),
+    "Eq. (3)": (lambda: sim.discriminator_loss(normal(2, 1, 1, 2, 2), normal(3, 1, 1, 2, 2)), 1.5310235740962062),
+    "Eq. (4)": (lambda: sim.correct_label_map(LOGITS, MAP),
+                [[[0, 0, 255, 2, 255], [0, 1, 255, 255, 2], [255, 255, 2, 2, 255]]]),
+    "A of Eq. (5)": (lambda: sim.masked_mean(FEAT[0], MAP[0] == 0), CELLS),
+    "S of Eq. (5)": (lambda: written(sim.store_stuff, [0], 2), [[CELLS, [0.0] * 4]]),
+    "Eq. (6)": (lambda: sim.stuff_loss(FEAT, MAP, bank_of(STUFF_BANK)), 1.2591279675755604),
+    "T of Eq. (7)": (lambda: sim.connected_regions(MAP[0], 2).nonzero(),                             # region, row, column
+                     [[0, 0, 3], [0, 0, 4], [0, 1, 4], [0, 2, 2], [0, 2, 3], [1, 2, 0]]),
+    "Algorithm 1": (lambda: written(sim.store_instances, [2], 2, 1), [[FIRST, [0.0] * 4]]),
+    "min of Eq. (8)": (lambda: torch.stack(sim.nearest_sample(normal(4, 1, 4), normal(5, 3, 4))),
+                       [[0.8626425252993261], [0]]),
+    "Eq. (8)": (lambda: sim.instance_loss(FEAT, MAP, bank_of(THINGS_BANK)), 0.8997090091353299),
+    "Eq. (8), z = 1": (lambda: sim.instance_loss(FEAT, MAP, bank_of(THINGS_BANK), 1), 1.0061720101409932),
+    "Sec. 6.2": (lambda: sim.class_thresholds(torch.tensor([[6, 8, 2, 1, 7, 7, 4, 1, 7, 4], [0] * 10, [0] * 9 + [5]])),
+                 [0.4, 0.9, 0.9]),
+    "Eq. (9)": (lambda: sim.pseudo_labels(LOGITS, torch.tensor([0.5, 0.6, 0.4])),
+                [[[0, 255, 0, 255, 1], [255, 255, 0, 2, 2], [255, 2, 2, 2, 2]]]),
+    "Eq. (11)": (lambda: sim.augmented_label_map(LOGITS.argmax(dim=1), MAP),
+                 [[[0, 0, 1, 2, 2], [0, 1, 1, 2, 2], [2, 2, 2, 2, 0]]]),
+}
+
+
+@pytest.mark.parametrize("equation", GOLDEN)
+def test_golden_numbers(equation):
+    compute, expected = GOLDEN[equation]
+    torch.testing.assert_close(compute().double(), torch.tensor(expected, dtype=torch.float64), rtol=1e-12, atol=0)
+
+
 # --------------------------------------------------------------------------------------------- configuration
 
 
@@ -584,6 +650,16 @@ def test_defaults_are_the_papers():
     assert (cfg.lr, cfg.momentum, cfg.nesterov, cfg.weight_decay) == (2.5e-4, 0.9, True, 5e-4)
     assert (cfg.lr_discriminator, cfg.beta1, cfg.beta2) == (1e-4, 0.9, 0.99)
     assert (sim.SIZES["gta5"], sim.SIZES["synthia"], sim.SIZES["cityscapes"]) == ((1280, 720), (1280, 760), (1024, 512))
+    given = {field.name: field.metadata["paper"] for field in dataclasses.fields(sim.Config)}
+    assert {name for name, paper in given.items() if paper is None} == {"city", "freeze_bn", "iterations", "batch_size", "crop"}
+    for name, paper in given.items():                                            # None: automatic, see SIZES
+        assert getattr(cfg, name) in (paper, None) or paper is None, name
+
+
+def test_departures_are_short_and_numbered():
+    entries = re.split(r"\n *(\d+)\. ", sim.__doc__[sim.__doc__.index("Departures:"):])
+    assert list(map(int, entries[1::2])) == list(range(1, len(entries[1::2]) + 1))
+    assert all(entry.rstrip().count("\n") < 2 and re.match("Eqs?\\.|Sec\\.|Table|Published", entry) for entry in entries[2::2])
 
 
 def test_refusals():
@@ -730,16 +806,94 @@ def arguments(city, runs, *more):
     return ["--data", str(city), "--runs", str(runs), *small.split(), "--iterations", "3", *more]
 
 
-def test_target_labels_adapt_nothing(city, tmp_path, monkeypatch):
-    seen = []
-    monkeypatch.setattr(sim, "train_step", lambda *args: seen.append(args))
-    monkeypatch.setattr(sim, "draw_matches", lambda *args: None)
-    sim.main(arguments(city, tmp_path, "--stage", "step1", "--target-labels"))
-    sim.main(arguments(city, tmp_path, "--stage", "step1", "--tag", "adapted"))
-    (_, upper, _, _, _, _, source, _), (_, cfg, _, _, _, _, gta5, target) = (args for args in seen if args[2] == 1)
-    assert (upper.lambda_adv, upper.lambda_ci, upper.lambda_seg) == (0, 0, 1) and source.dataset == "cityscapes"
-    assert (cfg.lambda_adv, cfg.lambda_ci) == (0.001, 0.01) and (gta5.dataset, target.dataset) == ("gta5", "cityscapes")
-    assert (source[0][1] != IGNORE).any() and (target[0][1] == IGNORE).all()     # the target's labels are never read
+def handed(dataset):
+    """What a data set gives to a stage: whose images, evaluation and training items, what is random, labels, maps."""
+    item, training_item = dataset[0], dataset[0, 5]
+    return {"images": [str(pair.image) for pair in dataset.pairs], "size": tuple(item[0].shape[1:]),
+            "cropped": tuple(training_item[0].shape[1:]), "augment": dataset.augment, "altered": dataset.alter is not None,
+            "labelled": [bool((label != IGNORE).any()) for label in (item[1], training_item[1])], "maps": dataset.maps}
+
+
+def batch_norm(model):
+    """(the encoder's, the others): for each whether it uses running statistics, and whether it is trained."""
+    kinds = {True: set(), False: set()}
+    for name, m in model.named_modules():
+        if isinstance(m, nn.BatchNorm2d):
+            kinds[name.startswith("encoder.")].add((not m.training, m.weight.requires_grad))
+    return kinds[True], kinds[False]
+
+
+def test_what_each_stage_is_handed(city, tmp_path, monkeypatch):
+    data = tmp_path / "data"
+    shutil.copytree(city, data)
+    for pair in find_pairs(data, "gta5")[:2]:                                    # 6 of the source, 8 and 3 of the target
+        pair.image.unlink()
+        pair.label.unlink()
+    where = ["--data", str(data), *"--source-size 96x56 --target-size 80x40 --crop 64x32 --iterations 3 --lr 0.002 "
+             "--lr-discriminator 0.0003 --lambda-adv 0.02 --lambda-ci 0.03 --w 7 --z 2 --batch-size 2 --seed 3".split()]
+    steps, labelled = [], []
+
+    def weights(model):
+        return {key: value.clone() for key, value in model.state_dict().items()}
+
+    def train_step(run, cfg, step, model, stuff, things, source, target, _train=sim.train_step):
+        steps.append({"step": step, "cfg": cfg, "begin": weights(model), "batch_norm": batch_norm(model),
+                      "training": model.training, "banks": [(bank.slots, int(bank.written.sum())) for bank in (stuff, things)],
+                      "source": handed(source), "target": handed(target)})
+        _train(run, cfg, step, model, stuff, things, source, target)
+        steps[-1]["end"] = weights(model)
+
+    def write_pseudo_labels(run, cfg, model, target, folder, classes, _write=sim.write_pseudo_labels):
+        labelled.append({"steps": len(steps), "weights": weights(model), "target": handed(target), "folder": folder})
+        _write(run, cfg, model, target, folder, classes)
+
+    def same(a, b):
+        return all(torch.equal(value, b[key]) for key, value in a.items())
+
+    monkeypatch.setattr(sim, "train_step", train_step)
+    monkeypatch.setattr(sim, "write_pseudo_labels", write_pseudo_labels)
+    sim.main([*arguments(city, tmp_path, "--freeze-bn", "affine"), *where])
+    sim.main([*arguments(city, tmp_path, "--stage", "step1", "--target-labels", "--tag", "up"), *where])
+    one, two, upper = steps[:3]
+
+    def images(domain, split="train"):
+        return [str(pair.image) for pair in find_pairs(data, domain, split)]
+    augment = Augment(crop=Size(64, 32))                                         # no flip, no jitter, no random scale
+    source = {"images": images("gta5"), "size": (56, 96), "cropped": (32, 64), "augment": augment, "altered": False,
+              "labelled": [True, True], "maps": []}
+    target = source | {"images": images("cityscapes"), "size": (40, 80), "labelled": [False, False]}
+    folder = tmp_path / "sim-gta5/pseudo_labels"
+    assert (len(source["images"]), len(target["images"]), len(images("cityscapes", "val"))) == (6, 8, 3)
+    assert [step["step"] for step in steps[:3]] == [1, 2, 1]
+    assert one["source"] == two["source"] == source
+    assert one["target"] == target and two["target"] == target | {"maps": [folder]}
+    assert upper["source"] == target | {"labelled": [True, True]} and upper["target"] == target
+
+    assert same(one["begin"], two["begin"]) and same(one["begin"], upper["begin"]) and not same(one["begin"], one["end"])
+    (made,) = labelled
+    assert made["steps"] == 1 and same(made["weights"], one["end"]) and made["target"] == target and made["folder"] == folder
+    assert one["batch_norm"] == two["batch_norm"] == ({(False, False)}, set())   # batch statistics, affine parameters fixed
+    assert upper["batch_norm"] == ({(False, True)}, set()) and all(step["training"] for step in steps)
+    assert all(step["banks"] == [(7, 0), (14, 0)] for step in steps)
+
+    for step, lambda_adv, lambda_ci in ((one, 0.02, 0.03), (two, 0.02, 0.03), (upper, 0, 0)):
+        cfg = step["cfg"]
+        assert (cfg.lambda_seg, cfg.lambda_adv, cfg.lambda_ci, cfg.lambda_D) == (1, lambda_adv, lambda_ci, 1)
+        assert (cfg.lr, cfg.lr_discriminator, cfg.iterations, cfg.batch_size, cfg.z) == (0.002, 0.0003, 3, 2, 2)
+
+    # Each step's last model on the target's validation images at the target's size.
+    test = sim.SegmentationDataset(find_pairs(data, "cityscapes", "val"), "cityscapes", class_list("gta5"), Size(80, 40))
+    for run, stages in (("sim-gta5", [one, two]), ("sim-gta5-up", [upper])):
+        results = json.loads((tmp_path / run / "results.json").read_text())
+        assert list(results) == [f"step{step['step']}" for step in stages]
+        for step in stages:
+            saved = torch.load(tmp_path / run / f"step{step['step']}.pt", weights_only=True)
+            assert saved["iteration"] == 3 and same(step["end"], saved["state"]["model"])
+            model = build_model("v2", "resnet18", 19, "none")
+            model.load_state_dict(step["end"])
+            batches = [(image[None], label[None]) for image, label, _ in (test[k] for k in range(3))]
+            matrix = metrics.evaluate(model, batches, 19, "cpu")
+            assert matrix.tolist() == results[f"step{step['step']}"]["single-scale"]["matrix"]
 
 
 def test_step_2_learns_from_step_1(city, tmp_path, monkeypatch):

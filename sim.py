@@ -49,7 +49,7 @@ Departures:
     read as Sec. 6.2 says it: the predicted class, where its own confidence is above y^k.
  8. Sec. 6.2 prints lambda_adv 0.01; the default is Sec. 5.1's 0.001.
  9. Sec. 5.2 gives no length, batch size, crop or augmentation: 200,000 iterations per step, one image per domain, none, none.
-10. Not in Sec. 5: frozen batch norm of pretrained encoders, ten times the rate for the classifier, a rate horizon per step.
+10. Sec. 5 lacks: frozen batch norm of pretrained encoders, ten times the rate for the classifier, a rate horizon per step.
 11. Table 2 has translated images ("IT") in each row with SIM: without `--source-images` the default is AA + SIM + SSL.
 12. Published code: batch norm, the encoder's only, on batch statistics at batch 1 with fixed affine parameters. This is
     `--freeze-bn affine`; AdaptSegNet's users, whose mode it is, report 27-29, not 36.6, for "source only" without it.

@@ -131,7 +131,7 @@ class Config:
     alignment: str = option("gpa", "global photometric alignment of the source, or none", paper="gpa", section="Sec. 3.5",
                             choices=("gpa", "none"))
     components: int = option(8, "Gaussians per category", paper=8, section="Sec. 3.5", low=1)
-    samples: int = option(300_000, "source features per category to fit them to; each takes 1.3 KB, 6 KB while it is fitted",
+    samples: int = option(300_000, "source features per category to fit them to; 1.3 KB each, and 8 KB during the fit",
                           paper=300_000, section="Sec. 3.5", low=1)
     em_iterations: int = option(100, "EM's iterations, at most", low=1)
     em_tol: float = option(1e-3, "EM stops when the mean log-likelihood rises by less", low=0.0)
@@ -189,8 +189,8 @@ class Config:
 # The toy city has no independent encoder, its densities another scale than the paper's, and the teacher hardly any time.
 TOY = dict(data="data/toycity", init="none", backbone="resnet18", source_size=Size(128, 64), target_size=Size(128, 64),
            crop=Size(128, 64), scale=(1.0, 1.5), warmup_batch_size=2, batch_size=2, warmup_iterations=720,
-           selftrain_iterations=500, distill_iterations=500, lr=5e-3, adapt_lr=1e-3, head_rate=1.0, samples=20_000,
-           pl_ratio=0.6, stm_backbone="warmup", ema=0.99, workers=0, amp="bf16", channels_last=True)
+           selftrain_iterations=500, distill_iterations=500, samples=20_000, pl_ratio=0.6, stm_backbone="warmup", ema=0.99,
+           workers=0, amp="bf16", channels_last=True)
 
 _OFF = "--no-distill --no-stm --assign none --lambda-consist 0"
 _GPA = "--from {GPA baseline}/warmup.pt"

@@ -855,6 +855,13 @@ def test_hard_labels_are_multi_scale_and_flipped(tmp_path):
     assert not torch.equal(written, predicted(flip=True)) and not torch.equal(written, predicted(scales=(0.5, 1.5)))
 
 
+def test_the_warm_up_model_can_be_trained_on_after_the_preparation(tmp_path):
+    run, model = Sweep([]), tiny().eval()
+    run.folder, run.once = tmp_path, lambda name, compute: compute()
+    bismap.prepare_selftraining(run, bismap.Config(assign="none", stm=False), model, None, [], [], bismap.class_list("gta5"))
+    assert run.prepared == "selftrain" and model.training and all(p.requires_grad for p in model.parameters())
+
+
 # ------------------------------------------------------------------------------- what each stage is handed
 
 WIRING = ("--backbone resnet18 --init none --freeze-bn encoder --workers 0 --source-size 72x40 --target-size 64x32 "

@@ -633,7 +633,7 @@ def test_prototypes_labels_and_maps_are_what_the_equations_say(city, tmp_path, m
 
 def test_the_independent_encoder_sees_small_images_and_gives_a_coarse_grid(tmp_path):
     torch.manual_seed(0)
-    net, x = bismap.models.resnet18(), torch.randn(1, 3, 90, 200)
+    net, x = bismap.models.resnet18(), torch.randn(1, 3, 300, 640)
     torch.save(net.state_dict(), tmp_path / "net.pth")
     cfg = bismap.Config(stm_backbone="resnet18", stm_weights=str(tmp_path / "net.pth"))
     run = SimpleNamespace(place=lambda module: module, device="cpu", autocast=contextlib.nullcontext)

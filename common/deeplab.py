@@ -12,9 +12,8 @@ Weights that other projects published load too (common/published.py): a `Structu
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -26,8 +25,7 @@ from torchvision.models.resnet import Bottleneck
 
 from common.files import UserError
 
-# The weights of the papers' years; torchvision's later IMAGENET1K_V2 come from a stronger training recipe.
-IMAGENET = {name: models.get_model_weights(name).IMAGENET1K_V1 for name in ("resnet101", "resnet50", "resnet18", "vgg16")}
+BACKBONES = ("resnet101", "resnet50", "resnet18", "vgg16")
 
 
 @dataclass(frozen=True)
@@ -177,8 +175,8 @@ class DeepLab(nn.Module):
 
     def __init__(self, backbone: str, num_classes: int, feat_channels: int, structure: Structure) -> None:
         super().__init__()
-        if backbone not in IMAGENET:
-            raise UserError(f"unknown backbone {backbone!r}: choose one of {', '.join(IMAGENET)}")
+        if backbone not in BACKBONES:
+            raise UserError(f"unknown backbone {backbone!r}: choose one of {', '.join(BACKBONES)}")
         if self.network == "v3+" and backbone == "vgg16":
             raise UserError("there is no DeepLab v3+ on vgg16: choose a resnet backbone, or network v2")
         self.backbone, self.num_classes, self.feat_channels = backbone, num_classes, feat_channels
@@ -276,46 +274,34 @@ class DeepLabV3Plus(DeepLab):
         return self.decoder(torch.cat([context, low], dim=1))
 
 
-def make_network(network: str, backbone: str, num_classes: int, structure: Structure = Structure()) -> DeepLab:  # noqa: B008
-    """"v2" or "v3+" with random weights. Raises: UserError for an unknown choice."""
+def make_network(network: str | Callable, backbone: str, num_classes: int,
+                 structure: Structure = Structure()) -> DeepLab:  # noqa: B008
+    """"v2" or "v3+" with random weights, or one's own network. Raises: UserError for an unknown choice."""
+    if callable(network):
+        from common.network import adopt  # only one's own network needs it
+        return adopt(network, backbone, num_classes, structure)
     if network not in ("v2", "v3+"):
         raise UserError(f"unknown network {network!r}: choose v2 or v3+")
     return (DeepLabV2 if network == "v2" else DeepLabV3Plus)(backbone, num_classes, structure)
 
 
-def build_model(network: str, backbone: str, num_classes: int, init: str = "imagenet", freeze_bn: str = "encoder",
-                partial_init: bool = False, branches: int | None = None, input: str | None = None, flag: str = "--init"
-                ) -> DeepLab:
+def build_model(network: str | Callable, backbone: str, num_classes: int, init: str = "imagenet", freeze_bn: str = "encoder",
+                partial_init: bool = False, branches: int | None = None, input: str | None = None, flag: str = "--init",
+                entry: str | None = None) -> DeepLab:
     """A network with its initial weights, and its batch norms frozen as asked.
 
     Args:
-        network: "v2" or "v3+".
+        network: "v2", "v3+", or what makes one's own network of the number of classes (common/network.py).
         backbone: "resnet101", "resnet50", "resnet18" or, for v2, "vgg16".
         num_classes: K, channels of the logits.
-        init: "imagenet", "none" (random) or a file, for which partial_init, branches, input, flag are: published.load_model.
+        init: "imagenet", "none" (random) or a file, for which the arguments from partial_init on are: published.load_model.
         freeze_bn: see `DeepLab.freeze_bn`.
     Raises: UserError for an unknown choice and for weights that are unavailable, cannot be read or do not fit.
     """
-    if init in ("imagenet", "none"):
+    if init == "none":
         model = make_network(network, backbone, num_classes)
-        if init == "imagenet":
-            model.encoder.load_state_dict({key: value for key, value in imagenet_weights(backbone).items()
-                                           if not key.startswith(("fc.", "classifier."))})
     else:
-        from common import published  # only a file needs it
-        model = published.load_model(network, backbone, num_classes, init, partial_init, branches, input, flag)
+        from common import published  # only weights need it
+        model = published.load_model(network, backbone, num_classes, init, partial_init, branches, input, flag, entry)
     model.freeze_bn(freeze_bn)
     return model
-
-
-def imagenet_weights(backbone: str) -> dict:
-    """torchvision's ImageNet state dict, from its cache or its download; UserError where neither is available."""
-    weights = IMAGENET[backbone]
-    file = Path(torch.hub.get_dir(), "checkpoints", weights.url.rsplit("/", 1)[-1])
-    try:
-        return weights.get_state_dict(map_location="cpu", check_hash=True, weights_only=True)
-    except Exception as error:    # a download or a damaged file raises almost anything
-        cause = f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
-        why = "cannot be read, delete it" if file.exists() else "is not there and did not download"
-        raise UserError(f"ImageNet weights {file.name} in {file.parent}: the file {why} ({cause}); put it there, or give "
-                        "--init PATH (a file) or --init none (random weights)") from error

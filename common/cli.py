@@ -61,7 +61,8 @@ def parse(prog: str, doc: str, classes: tuple[type, ...], argv: list[str] | None
     """Read the command line into one instance of each dataclass in `classes`, the method's first.
 
     A field of two classes is one flag, which the first describes: so a Config gives its paper's value of a common option.
-    `toy`: the defaults with --toy; a field `command` receives the command line. Raises: SystemExit(2) after one sentence."""
+    `toy`: the defaults with --toy; a field `command` receives a line that does the same again, from any folder.
+    Raises: SystemExit(2) after one sentence."""
     argv = list(sys.argv[1:] if argv is None else argv)
     parser = _Parser(prog=prog, description=doc, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
     described: set[str] = set()
@@ -70,7 +71,7 @@ def parse(prog: str, doc: str, classes: tuple[type, ...], argv: list[str] | None
         for field, kind in [pair for pair in flags(cls) if pair[0].name not in described]:
             described.add(field.name)
             paper = f"; paper: {paper_value(field)}" if cls is classes[0] else ""
-            how: dict = {"dest": field.name, "default": field.default,
+            how: dict = {"dest": field.name, "default": argparse.SUPPRESS,
                          "help": f"{field.metadata['help']} [{show(field.default)}{paper}]".replace("%", "%%")}
             kinds = typing.get_args(kind)
             if kind is bool:
@@ -79,8 +80,15 @@ def parse(prog: str, doc: str, classes: tuple[type, ...], argv: list[str] | None
                 how |= {"type": _reader(field, (kinds or (kind,))[0]), "choices": field.metadata["choices"] or None,
                         "metavar": "X", "nargs": None if not kinds else "+" if kinds[-1] is ... else len(kinds)}
             group.add_argument(flag(field.name), **how)
-    parser.set_defaults(command=shlex.join([sys.executable, prog, *argv]), **(toy if toy and "--toy" in argv else {}))
-    values = {name: tuple(value) if isinstance(value, list) else value for name, value in vars(parser.parse_args(argv)).items()}
+    given, fields = vars(parser.parse_args(argv)), [field for cls in reversed(classes) for field, _ in flags(cls)]
+    values = {field.name: field.default for field in fields} | (toy if toy and given.get("toy") else {}) | given
+    if values.get("eval"):
+        from common import start  # only --eval needs it: the flags of the run that is evaluated, which what is typed overrules
+        defining = {field.name for field in fields if field.metadata["defines_run"]}
+        values |= vars(parser.parse_args([*start.trained_with(prog.removesuffix(".py"), values, defining), *argv]))
+    script = str(Path(__file__).resolve().parents[1] / prog)
+    values["command"] = f"cd {shlex.quote(os.getcwd())} && {shlex.join([sys.executable, script, *argv])}"
+    values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
     return tuple(cls(**{field.name: values[field.name] for field in dataclasses.fields(cls)}) for cls in classes)
 
 
@@ -92,34 +100,27 @@ def to_json(instance, defining_only: bool = False) -> dict:
 
 
 def command(main):
-    """Decorate `main(argv=None)`: what the user can fix becomes one line on stderr and exit status 2."""
+    """Decorate `main(argv=None)`: what the user can fix becomes one line on stderr and exit status 2, a closed pipe none."""
     @functools.wraps(main)
     def wrapped(argv: list[str] | None = None):
+        for stream in (sys.stdout, sys.stderr):
+            if hasattr(stream, "reconfigure"):                   # a terminal shows ? for a letter that it lacks
+                stream.reconfigure(errors="replace")
         try:
-            return main(argv)
-        except (UserError, RuntimeError, EOFError, ConnectionError) as error:
-            message = _explain(error)
-            if not message:
+            try:
+                return main(argv)
+            finally:
+                sys.stdout.flush()                               # here, a pipe closed by its reader is told
+        except (UserError, RuntimeError, EOFError, ConnectionError, KeyboardInterrupt) as error:
+            from common import faults  # only what goes wrong needs it
+            message, status = faults.explain(error)
+            if not status:
                 raise
             traceback.clear_frames(error.__traceback__)          # and with them the loaders and their worker processes
-        process = f" (process {os.environ['RANK']})" if os.environ.get("RANK", "0") != "0" else ""
-        print(f"{Path(inspect.getfile(main)).name}{process}: error: {message}", file=sys.stderr)
-        raise SystemExit(2)
+        if message:
+            print(f"{Path(inspect.getfile(main)).name}{message}", file=sys.stderr)
+        raise SystemExit(status)
     return wrapped
-
-
-def _explain(error: Exception) -> str:
-    """One sentence for what the user can fix, though torch may report it as a RuntimeError; "" for other errors. A process
-    that loads images and is killed raises anywhere; in the midst of handing over a batch, it breaks the pipe."""
-    if isinstance(error, EOFError | ConnectionError) or re.search(r"DataLoader worker \(pid|Pin memory thread", str(error)):
-        return "a process that loads images was killed, perhaps for lack of memory: try fewer --workers, then start again"
-    if isinstance(error, UserError):                             # of a worker process, torch gives the traceback as text
-        return re.sub(r"^Caught [\s\S]*\n[\w.]*UserError: ", "", str(error)).strip()
-    if type(error).__name__ == "OutOfMemoryError":
-        return "the accelerator's memory is full: try a smaller --batch-size or --crop, or --amp bf16; what was saved is kept"
-    if re.search(r"[Cc]onnection closed|[Cc]onnection reset|Broken pipe|remote process exited", str(error)):
-        return "another process of this run ended; see its message, then start all again to resume"
-    return ""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -144,7 +145,7 @@ def _reader(field: dataclasses.Field, kind):
     low, high = field.metadata["low"], field.metadata["high"]
 
     def read(text: str):
-        value = Size.parse(text) if kind is Size else kind(text)
+        value = Size.parse(text) if kind is Size else os.path.expanduser(text) if kind is str else kind(text)
         if isinstance(value, float) and not math.isfinite(value):
             raise argparse.ArgumentTypeError(f"{text} is not a finite number")
         if low is not None and value < low:

@@ -150,8 +150,8 @@ class Run:
                                         self.options.workers, self.device.type == "cuda", self.rank, self.world)
                    for k, dataset in enumerate(datasets)]
         self._losses, self._last = [], time.monotonic()
-        with self._stop_signals():
-            for it, batches in zip(range(start, iterations), zip(*loaders, strict=True), strict=False):
+        with self._stop_signals(*loaders) as rows:
+            for it, batches in zip(range(start, iterations), rows, strict=False):
                 stop = self._evaluate_during(name, it)
                 if not stop:
                     self.seed(name, it)                          # so no random state has to be saved
@@ -182,8 +182,8 @@ class Run:
         rank, world = (self.rank, self.world) if shared else (0, 1)
         loader = data.sweep_loader(dataset, self.options.workers, self.device.type == "cuda", rank, world)
         shown = time.monotonic()
-        with self._stop_signals():
-            for k, (image, label, names, *maps) in enumerate(loader):
+        with self._stop_signals(loader) as rows:
+            for k, ((image, label, names, *maps),) in enumerate(rows):
                 yield self.place(image), self.place(label), names, *map(self.place, maps)
                 if self._asked_to_stop:
                     self._exit()
@@ -447,9 +447,9 @@ class Run:
                 file.write(json.dumps(record) + "\n")
 
     @contextlib.contextmanager
-    def _stop_signals(self):
-        """Turn SIGINT or SIGTERM into a clean stop after the iteration under way. A signal often comes twice, from a scheduler
-        and from torchrun; one that comes seconds later is not held up."""
+    def _stop_signals(self, *loaders):
+        """Yield the loaders' batches, and turn SIGINT or SIGTERM into a clean stop after the iteration under way. A
+        signal often comes twice, from a scheduler and from torchrun; one that comes seconds later is not held up."""
         def ask_to_stop(number, frame):
             if self._asked_to_stop and time.monotonic() - self._asked_to_stop > 2:
                 signal.signal(number, previous[number])
@@ -459,10 +459,11 @@ class Run:
         numbers = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
         previous = {number: signal.signal(number, ask_to_stop) for number in numbers}
         try:
-            yield
+            rows = zip(*loaders, strict=True)                    # here torch sets its handler of SIGCHLD, which raises at any
+            if previous and hasattr(signal, "SIGCHLD"):          # moment, also while a file is written or an error is told
+                signal.signal(signal.SIGCHLD, signal.SIG_DFL)    # without it, a worker that was killed shows in the next batch
+            yield rows
         finally:
-            if previous and hasattr(signal, "SIGCHLD"):              # torch's would raise wherever the program is when a broken
-                signal.signal(signal.SIGCHLD, signal.SIG_DFL)        # loader's worker ends, also while its error is told
             for number, handler in previous.items():
                 signal.signal(number, handler)
 

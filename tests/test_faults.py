@@ -214,6 +214,27 @@ def test_a_worker_that_is_killed_while_it_hands_over_a_batch(broken, city, tmp_p
     assert error.count("\n") == 1
 
 
+def test_a_worker_that_is_killed_while_a_checkpoint_is_written(city, tmp_path, monkeypatch, capsys):
+    """The checkpoint becomes whole, and the message is of the worker, not of the disk."""
+    save, kills = torch.save, []
+
+    def killed(content, file):
+        if not kills:
+            kills.extend(multiprocessing.active_children())
+            for worker in kills:
+                worker.kill()
+                os.waitid(os.P_PID, worker.pid, os.WEXITED | os.WNOWAIT)
+        save(content, file)
+
+    monkeypatch.setattr(torch, "save", killed)
+    monkeypatch.setattr(torch.utils.data._utils, "MP_STATUS_CHECK_INTERVAL", 0.1, raising=False)
+    with pytest.raises(SystemExit) as stop:
+        fada.main(arguments("fada", city, tmp_path, "--workers", "1", "--source-iterations", "50"))
+    error = capsys.readouterr().err
+    assert kills and stop.value.code == 2 and "error: a process that loads images was killed" in error, error
+    assert torch.load(tmp_path / "fada-gta5/last.pt", weights_only=True)["iteration"] >= 2
+
+
 def test_nan_in_a_batch(starts, city, tmp_path):
     """The run ends by itself, names the loss, and what was saved before stays good."""
     argv = arguments("fada", city, tmp_path)

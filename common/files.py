@@ -1,12 +1,13 @@
-"""Files that are there whole or not at all, read without running code from them, and errors of one sentence."""
+"""Files that are there whole or not at all, read without running code from them; errors of one sentence; progress."""
 
 from __future__ import annotations
 
 import contextlib
 import json
 import os
+import time
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
@@ -20,6 +21,16 @@ except ImportError:                                              # Windows has n
 
 class UserError(Exception):
     """Something the user can fix. Its message is one sentence that says what is wrong and the way out."""
+
+
+def progress(what: str, items: Iterable, count: int) -> Iterator:
+    """Yield the items, `count` in number; each half minute a line says how far it is, also in a log file."""
+    shown = time.monotonic()
+    for k, item in enumerate(items, 1):
+        yield item
+        if time.monotonic() > shown + 30:
+            shown = time.monotonic()
+            print(f"{what} {k} of {count}", flush=True)
 
 
 @contextlib.contextmanager

@@ -31,7 +31,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
-from common.cli import Size, UserError, command
+from common.cli import Size, command
+from common.files import UserError, progress, write_json
 
 VERSION = 1                                             # of the pictures: another version is another data set
 MARKER = "toycity.json"
@@ -714,6 +715,7 @@ def _files(domain: str, index: int) -> dict[str, str]:
 def _write(root: Path, domain: str, index: int, seed: int, size: Size) -> None:
     image, ids, instances = draw(domain, index, seed, size)
     for name, content in _files(domain, index).items():
+        (root / name).unlink(missing_ok=True)           # a hard link may lead to a file elsewhere
         if content == "image":
             Image.fromarray(image).save(root / name, compress_level=1)
         elif content == "synthia":
@@ -727,8 +729,29 @@ def _write(root: Path, domain: str, index: int, seed: int, size: Size) -> None:
             label.save(root / name)
 
 
+def _marker(root: Path) -> dict:
+    """What the city's marker says; {} if there is none, or it says nothing."""
+    try:
+        return dict(json.loads((root / MARKER).read_text()))
+    except (OSError, ValueError, TypeError):
+        return {}
+
+
+def _check_free(root: Path, planned: set[Path]) -> None:
+    """Refuse a folder in which anything may be of someone else: only the marker tells what is the city's, never a name."""
+    if root.is_dir() and any(root.iterdir()) and not (root / MARKER).is_file():
+        raise UserError(f"{root} is not empty and has no {MARKER}, so it is no toy city, and nothing is written there: give "
+                        "another folder, for example --data data/toycity")
+    for folder, folders, files in os.walk(root):
+        for path in (Path(folder, name) for name in (*folders, *files)):
+            if path.is_symlink():
+                raise UserError(f"{path} is a link, and a toy city writes through none: remove it or give another folder")
+            if path.is_file() and path not in planned:
+                raise UserError(f"{path} is not of this toy city: delete {root} or give another folder")
+
+
 def render(root: str | Path, seed: int = 0, train: int = 240, val: int = 60, size: Size = SIZE) -> None:
-    """Write a toy city below a folder, its marker last.
+    """Write a toy city below a folder that is missing, empty or a toy city's; its marker says when it is complete.
 
     Args:
         root: folder, made if missing; the city's own files are written again.
@@ -736,7 +759,7 @@ def render(root: str | Path, seed: int = 0, train: int = 240, val: int = 60, siz
         train: number of game images and of the camera's training images; a sixth of it for Rome.
         val: number of the camera's validation images; a third of it for Rome.
         size: of all images, at least 16x16.
-    Raises: UserError if a value is impossible, other files are where the city's would go, or one cannot be written.
+    Raises: UserError if a value is impossible, the folder is someone else's or holds a link, or a file cannot be written.
     """
     root = Path(root)
     if min(train, val) < 1 or seed < 0 or min(size) < 16:
@@ -745,38 +768,31 @@ def render(root: str | Path, seed: int = 0, train: int = 240, val: int = 60, siz
     counts = {"game": train, "camera": train, "camera-val": val, "rome": (train + 5) // 6, "rome-val": (val + 2) // 3}
     jobs = [(domain, index) for domain, count in counts.items() for index in range(count)]
     planned = {root / name for job in jobs for name in _files(*job)}
-    for folder in ("gta5", "synthia", "cityscapes", "crosscity"):
-        for path in (root / folder).rglob("*"):
-            if path.is_file() and path not in planned:
-                raise UserError(f"{path} is not of this toy city: delete {root / folder} or give another folder")
+    facts = {"version": VERSION, "seed": seed, "train": train, "val": val, "size": str(size)}
+    _check_free(root, planned | {root / MARKER})
+    print(f"rendering the toy city in {root}: {len(jobs)} pictures", flush=True)
     try:
-        (root / MARKER).unlink(missing_ok=True)
-        for folder in {path.parent for path in planned}:
+        for folder in {root, *(path.parent for path in planned)}:
             folder.mkdir(parents=True, exist_ok=True)
+        write_json(root / MARKER, {**facts, "complete": False})
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            list(pool.map(lambda job: _write(root, *job, seed, size), jobs))
-        temporary = root / f"{MARKER}.tmp"
-        facts = {"version": VERSION, "seed": seed, "train": train, "val": val, "size": str(size)}
-        temporary.write_text(json.dumps(facts) + "\n")
-        temporary.replace(root / MARKER)
+            for _ in progress("toy city: picture", pool.map(lambda job: _write(root, *job, seed, size), jobs), len(jobs)):
+                pass
+        write_json(root / MARKER, facts)
     except OSError as error:
         raise UserError(f"cannot write below {root}: {error}; give a folder that can be written to") from error
 
 
 def ensure(root: str | Path, seed: int = 0, train: int = 240, val: int = 60, size: Size = SIZE) -> None:
     """Render the toy city unless a complete one of this version and seed, of whatever counts and size, is there."""
-    marker, found = Path(root) / MARKER, {}
-    while os.environ.get("LOCAL_RANK", "0") != "0" and not marker.exists():
+    root = Path(root)
+    while os.environ.get("LOCAL_RANK", "0") != "0" and not _marker(root).get("complete", (root / MARKER).exists()):
         time.sleep(0.1)                                 # of several processes on a machine the first renders
-    if not marker.exists():
+    found = _marker(root)
+    if not (root / MARKER).exists() or not found.get("complete", True):
         render(root, seed, train, val, size)
-        return
-    try:
-        found = dict(json.loads(marker.read_text()))
-    except (OSError, ValueError, TypeError):
-        pass                                            # a marker that says nothing is of no known version
-    if (found.get("version"), found.get("seed")) != (VERSION, seed):
-        raise UserError(f"{marker} is of version {found.get('version')} and seed {found.get('seed')} of the toy city, "
+    elif (found.get("version"), found.get("seed")) != (VERSION, seed):
+        raise UserError(f"{root / MARKER} is of version {found.get('version')} and seed {found.get('seed')} of the toy city, "
                         f"not of {VERSION} and {seed}: delete the folder {root} and it is rendered again")
 
 

@@ -1,7 +1,9 @@
-"""Checkpoints of other projects: which family a file is, how its names map onto ours, which structure and input it needs.
+"""Initial weights, and checkpoints of other projects: which family a file is, how its names map onto ours, which structure
+and input it needs.
 
     family                       recognised by                                   what its structure differs in
     AdaptSegNet, SIM, ADVENT     layer6.conv2d_list (layer5: an unused head)     Caffe's ResNet, BGR; two or four branches
+    CLAN                         layer5 and layer6, both on layer4's channels    Caffe's ResNet, BGR; both heads are summed
     BDL, FDA                     layer5.conv2d_list                              Caffe's ResNet, BGR
     FADA                         feature_extractor and classifier                frozen batch norm without eps; VGG-16: BGR
     CAG                          decoder.last_conv.8                             RGB in [0, 1], not normalised
@@ -9,14 +11,17 @@
     exports of this project      classifier.head, and a JSON file beside it      as the JSON file says
 
 `recognise` says what a file holds, and `load_model` builds the network in the structure that its weights need.
-What the names do not tell, such as the input of Caffe's VGG-16 under torchvision's names, `--input` says.
+What names and shapes do not tell, such as the input of Caffe's VGG-16 under torchvision's names, `--input` says; which
+of several networks in a file is meant (`model`, `ema`, `teacher`), `--entry` says.
 """
 
 from __future__ import annotations
 
 import json
+import re
 import zipfile
 from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -24,10 +29,14 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torchvision import models
 
 from common.data import IMAGENET_MEAN, IMAGENET_STD
-from common.deeplab import DeepLab, Structure, make_network
+from common.deeplab import BACKBONES, DeepLab, Structure, make_network
 from common.files import UserError, load, write_atomically, write_json
+
+# The weights of the papers' years; torchvision's later IMAGENET1K_V2 come from a stronger training recipe.
+IMAGENET = {name: models.get_model_weights(name).IMAGENET1K_V1 for name in BACKBONES}
 
 
 class Input(NamedTuple):
@@ -106,8 +115,15 @@ def load_foreign(path: str | Path, flag: str = "--init"):
                 unknown = torch.serialization.get_unsafe_globals_in_checkpoint(path)
     except Exception:                                                      # damaged: `load` says so
         pass
-    with torch.serialization.safe_globals([*NUMPY_VALUES, *((Stub, name) for name in unknown)]):
-        return load(path, f"{flag} file", "give a state dict written by torch.save")
+    try:
+        with torch.serialization.safe_globals([*NUMPY_VALUES, *((Stub, name) for name in unknown)]):
+            return load(path, f"{flag} file", "give a state dict written by torch.save")
+    except UserError as error:
+        foreign = re.search(r"GLOBAL (\S+) was not an allowed", str(error.__cause__))
+        if foreign and not zipfile.is_zipfile(path):
+            raise UserError(f"{error}: it holds {foreign[1]}, which is not read from files as old as this; where it loads, "
+                            "torch.save(model.state_dict(), FILE)") from error
+        raise
 
 
 class ConvertInput(nn.Module):
@@ -143,15 +159,20 @@ class Weights:
     network: str = ""                                          # v2 or v3+; "" fits both
     classifier: int = 0                                        # tensors left out of torchvision's classifier
     left_out: tuple[str, ...] = ()                             # what else was left out, and why
+    hint: str = ""                                             # what neither names nor shapes tell
+    readings: dict[str, Structure] = field(default_factory=dict)    # by --input, where the structure depends on it
 
     @property
     def description(self) -> str:
         """For the printed line: family, structure and input, what was left out."""
-        return "".join(f"{part}; " for part in (self.family, describe(self.structure), *self.left_out) if part)
+        return "".join(f"{part}; " for part in (self.family, describe(self.structure), self.hint, *self.left_out) if part)
 
 
 # Entries in which the state dict is wrapped: by this project (state, model), by CAG and BiSMAP (named by the class), by others.
 WRAPPERS = ("state", "model", "state_dict", "model_state", "model_state_dict", "DeepLab", "DeepLabV3_plus")
+COPIES = re.compile(r"(?:^|_)(?:ema|teacher|student|avg|averaged)(?:_|$)")    # names of one more copy of a network
+WRAPPED = re.compile(r"^(?:(?:module|_orig_mod)\.)+")                  # before names: DataParallel's, torch.compile's,
+PREFIXES = re.compile(r"^(?:(?:module|_orig_mod|model)\.)+")           # and that of a class around the network
 
 RESNET = ("conv1.", "bn1.", "layer1.", "layer2.", "layer3.", "layer4.")
 FADA = {"backbone.": "encoder.", "classifier.conv2d_list.": "head.branches."}
@@ -176,39 +197,81 @@ def last_conv(*indices: int) -> dict[str, str]:
     return {f"decoder.last_conv.{index}.": name for index, name in zip(indices, ours, strict=True)}
 
 
-def unwrap(content) -> tuple[dict[str, Tensor], list[str]]:
-    """The state dict in a file, without wrappers and prefixes ({} if there is none), and the names of what lies beside it."""
-    beside: list[str] = []
+def unwrap(content, where: str, entry: str | None = None) -> tuple[dict[str, Tensor], list[str], list[str]]:
+    """Find the state dict in a file.
+
+    Args: where: the flag and the file, for messages; entry: the one to take where there are several.
+    Returns: the tensors by their names without prefixes, {} if there are none; the names of what lies beside them; and what
+        the printed line says of other networks in the file.
+    Raises: UserError for a whole pickled module, for several networks of which none is `model`, and for an unknown `entry`."""
+    beside, notes, seen = [], [], []
     while isinstance(content, dict):
+        if any("_modules" in getattr(value, "__dict__", {}) for value in (content, *content.values())):
+            raise UserError(f"{where} holds a whole module, and no code of a file is run: in the project that wrote it, "
+                            "torch.save(model.state_dict(), FILE)")
         if all(isinstance(content.get(part), dict) for part in ("feature_extractor", "classifier")):            # FADA's
             beside += [str(key) for key in content if key not in ("feature_extractor", "classifier")]
             content = {**strip(content["feature_extractor"]),
                        **{f"classifier.{key}": value for key, value in strip(content["classifier"]).items()}}
-        inner = next((key for key in WRAPPERS if isinstance(content.get(key), dict)), None)
-        if inner is None:
-            return strip(content), beside
-        beside += [str(key) for key in content if key != inner]
-        content = content[inner]
-    return {}, beside
+        found = networks(content)
+        usual = [name for name in (*WRAPPERS, *found) if name in found]
+        if not found:
+            break
+        seen += found
+        if entry not in found and len(found) > 1 and usual[0] not in WRAPPERS:
+            raise UserError(f"{where} holds several networks ({', '.join(found)}): pick one, for example --entry {usual[0]}")
+        inner = entry if entry in found else usual[0]
+        copies = [name for name in found if name != inner and COPIES.search(name)]
+        notes += [f"entry {inner}"] * (inner not in WRAPPERS)
+        notes += [f"beside it {', '.join(copies)} (--entry {copies[0]})"] if copies else []
+        beside += [str(key) for key in content if key != inner and not isinstance(content[key], Tensor)]
+        content, entry = found[inner], None if inner == entry else entry
+    if entry:
+        raise UserError(f"{where} has no --entry {entry}; its networks are {', '.join(seen) or 'not in entries, leave it out'}")
+    return (strip(content) if isinstance(content, dict) else {}), beside, notes
 
 
-def strip(state: dict, prefix: str = "module.") -> dict[str, Tensor]:
-    """The tensors of a state dict, their names without a prefix, by default DataParallel's."""
-    return {key.removeprefix(prefix): value for key, value in state.items()
-            if isinstance(key, str) and isinstance(value, Tensor)}
+def networks(content: dict) -> dict[str, dict]:
+    """Entries that hold tensors; in a state dict with the weights of several networks (model., ema_model.), each one's."""
+    def holds(value) -> bool:
+        return isinstance(value, dict) and any(isinstance(x, Tensor) or isinstance(key, str) and holds(x)
+                                               for key, x in value.items())      # numbers are keys in optimizers' states
+    found = {str(key): value for key, value in content.items() if holds(value)}
+    if sum(isinstance(value, Tensor) for value in content.values()) > 1 and not any(name in found for name in WRAPPERS):
+        found = {}                                               # the state dict is here, with other things in it
+    parts: dict[str, dict] = {}
+    for key, value in ({} if found else strip(content, WRAPPED)).items():
+        first, _, rest = key.partition(".")
+        parts.setdefault(first, {})[rest] = value
+    return parts if any(COPIES.search(name) for name in parts) else found
 
 
-def recognise(content, where: str, path: str | Path | None = None, branches: int | None = None) -> Weights:
-    """What a file holds, by the names of its tensors.
+def strip(state: dict, prefixes: re.Pattern = PREFIXES) -> dict[str, Tensor]:
+    """The tensors of a state dict, their names without the prefixes that wrappers put before them."""
+    return {prefixes.sub("", key): value for key, value in state.items() if isinstance(key, str) and isinstance(value, Tensor)}
+
+
+def recognise(content, where: str, path: str | Path | None = None, branches: int | None = None,
+              entry: str | None = None) -> Weights:
+    """What a file holds, by the names and, where those are ambiguous, the shapes of its tensors.
 
     Args:
         content: of the file.
         where: the flag and the file, for messages.
         path: the file; an export of this project has a JSON file beside it.
         branches: how many branches the head of a Caffe-style network sums; None: decide by `summed_branches`.
+        entry: which of several networks is meant.
     Raises: UserError for a family that is not known, listing the first names and what was expected.
     """
-    found, beside = unwrap(content)
+    found, beside, notes = unwrap(content, where, entry)
+    weights = recognise_names(found, beside, content, where, path, branches)
+    weights.left_out = (*notes, *weights.left_out)
+    return weights
+
+
+def recognise_names(found: dict[str, Tensor], beside: list[str], content, where: str, path: str | Path | None,
+                    branches: int | None) -> Weights:
+    """`recognise` for what `unwrap` has found in a file's content."""
     if not found:
         raise UserError(f"{where} holds no state dict; give one, or a checkpoint whose entry \"model\" is one")
 
@@ -224,10 +287,16 @@ def recognise(content, where: str, path: str | Path | None = None, branches: int
         return Weights(*rename(found, EXPORTED)[:2], read_structure(side["structure"], where),
                        f"an export of this project, DeepLab {side['network']}", side["network"])
     from_caffe = has("Scale.")                                             # initial weights that were converted from Caffe
-    found = strip(found, "Scale.")
+    found = strip(found, re.compile(r"^Scale\."))
     for head, family in (("layer6", "AdaptSegNet, SIM or ADVENT"), ("layer5", "BDL, FDA or Caffe's own")):
+        if has(f"{head}.conv2d_list.0.0."):
+            raise UserError(f"{where} has a head of normalised branches ({head}.conv2d_list.0.0), as MRNet and ProDA, which is "
+                            "not built here; its encoder is initial weights, if saved by torch.save({'Scale.' + k: v for k, v "
+                            "in state.items() if k[:6] not in ('layer5', 'layer6')}, FILE)")
         if has(f"{head}.conv2d_list.") or (from_caffe and head == "layer5"):
-            return caffe_style(found, head, family, branches)
+            weights = caffe_style(found, head, family, branches, where)
+            weights.hint = "CRST has these names too: --input imagenet" if head == "layer5" and not from_caffe else ""
+            return weights
     if has("backbone.", "aspp.", "decoder.last_conv.8."):
         return published(found, V3PLUS | last_conv(0, 1, 4, 5, 8), Structure(input="rgb"), "CAG", "v3+", beside)
     if has("backbone.", "aspp.", "decoder.last_conv.7."):
@@ -235,7 +304,11 @@ def recognise(content, where: str, path: str | Path | None = None, branches: int
     if has("backbone.conv1.", "classifier.conv2d_list."):
         # Its frozen batch norm, which has no counter, divides by the root of the variance as it is.
         counted = any(key.endswith("num_batches_tracked") for key in found)
-        return published(found, FADA, Structure() if counted else Structure(bn_eps=0.0), "FADA", "v2", beside)
+        weights = published(found, FADA, Structure() if counted else Structure(bn_eps=0.0), "FADA", "v2", beside)
+        if "feature_extractor" not in content:
+            weights.hint = "tllib's network on Caffe's ResNet has these names too: --input bgr255"
+        weights.readings = {"bgr255": CAFFE}
+        return weights
     if has("backbone.0.", "backbone.31.", "classifier.conv2d_list."):
         return published(found, FADA_VGG, Structure(input="bgr255"), "FADA, VGG-16", "v2", beside)
     if any(map(has, (*RESNET, "features."))):                              # torchvision's names
@@ -276,18 +349,27 @@ def shortened(names: list[str]) -> str:
     return ", ".join(names[:3]) + ", ..." * (len(names) > 3)
 
 
-def caffe_style(found: dict[str, Tensor], head: str, family: str, branches: int | None) -> Weights:
-    """The weights of a network on Caffe's ResNet; `head` is the layer that gives the output."""
+def caffe_style(found: dict[str, Tensor], head: str, family: str, branches: int | None, where: str) -> Weights:
+    """The weights of a network on Caffe's ResNet; `head` is the layer that gives the output, in CLAN with layer5, whose
+    channels say whether it is one of two heads on layer4 or the unused one on layer3."""
     table = {part: f"encoder.{part}" for part in RESNET} | {f"{head}.conv2d_list.": "head.branches."}
     state, names, rest = rename(found, table)
+    second = {key: found.get(f"layer5{file_name[6:]}") for key, file_name in names.items() if file_name.startswith("layer6.")}
+    same = [x is not None and x.shape[1:] == state[key].shape[1:] for key, x in second.items() if key.endswith("weight")]
     other = [key for key in rest if head == "layer5" or not key.startswith("layer5.")]
-    left_out = ["left out layer5, a head on layer3 for training only"] if len(other) < len(rest) else []
+    left_out = ["left out layer5, a head on layer3 for training only"] if len(other) < len(rest) and not any(same) else []
     left_out += [f"left out {shortened(other)}, no part of the network"] if other else []
     summed, why = (branches, "--branches") if branches else summed_branches(state)
     unused = [key for key in state if key.startswith("head.branches.") and int(key.split(".")[2]) >= summed]
     if unused:
         left_out.append(f"left out {len(unused)} tensors of the head's other branches")
     state = {key: value for key, value in state.items() if key not in unused}
+    if any(same):
+        if not all(x is not None and x.shape == state[key].shape for key, x in second.items() if key in state):
+            raise UserError(f"{where} has two heads on the same features, layer5 and layer6, as CLAN, but of different shapes: "
+                            "it was cut or changed; give the whole file")
+        state |= {key: state[key] + x for key, x in second.items() if key in state}     # convolutions are linear
+        family, head = "CLAN", "of layer5 + layer6"
     return Weights(state, names, Structure(**(asdict(CAFFE) | {"branches": summed})), f"{family}, DeepLab v2, the head {head} "
                    f"sums {summed} branches ({why})", "v2", left_out=tuple(left_out))
 
@@ -312,30 +394,46 @@ def summed_branches(state: dict[str, Tensor]) -> tuple[int, str]:
     return 4, "as ADVENT's, BDL's and FDA's; --branches 2 for AdaptSegNet's and SIM's"
 
 
-def load_model(network: str, backbone: str, num_classes: int, path: str | Path, partial: bool = False,
-               branches: int | None = None, input: str | None = None, flag: str = "--init") -> DeepLab:
-    """The network whose weights a file holds, in the structure that they need. Prints what matched.
+def load_model(network: str | Callable, backbone: str, num_classes: int, path: str | Path, partial: bool = False,
+               branches: int | None = None, input: str | None = None, flag: str = "--init",
+               entry: str | None = None) -> DeepLab:
+    """The network with torchvision's ImageNet weights, or with those of a file, in the structure that they need. Prints what
+    of a file matched.
 
     A file holds torchvision's names (its classifier is left out), this project's names, a checkpoint of this project, an
-    export, or a checkpoint of a family in the table above. The counts leave out num_batches_tracked, which frozen batch norms
-    need not have.
+    export, a checkpoint of a family in the table above, or the state dict of one's own network. The counts leave out
+    num_batches_tracked, which frozen batch norms need not have.
 
     Args:
         network, backbone, num_classes: as for `deeplab.build_model`.
+        path: the file, or "imagenet", for which the other arguments mean nothing.
         partial: accept missing encoder keys and a head of another class count; what fits is loaded.
         branches: how many branches the head of a Caffe-style file sums; None: decide by `summed_branches`.
         input: what the network expects, a key of INPUTS; None: as recognised.
         flag: gave the path, for messages.
+        entry: which of several networks in the file is meant.
     Returns: the network; `complete` says whether the file gave every weight, the head's too.
     Raises: UserError naming the file and the way out.
     """
-    where = f"{flag} {path}"
-    weights = recognise(load_foreign(path, flag), where, path, branches)
+    if path == "imagenet":
+        model = make_network(network, backbone, num_classes)
+        if not callable(network):                                          # one's own starts as its constructor makes it
+            model.encoder.load_state_dict({key: value for key, value in imagenet_weights(backbone).items()
+                                           if not key.startswith(("fc.", "classifier."))})
+        return model
+    where, content = f"{flag} {path}", load_foreign(path, flag)
+    if callable(network):
+        from common.network import fill
+        model = make_network(network, backbone, num_classes, Structure(input=input or "imagenet"))
+        fill(model, unwrap(content, where, entry)[0], strip, where, partial)
+        check_finite(model, where)
+        return model
+    weights = recognise(content, where, path, branches, entry)
     if weights.network not in ("", network):
         scripts = {"v2": "fada.py and sim.py", "v3+": "bismap.py, c2f.py and cag.py"}[weights.network]
         raise UserError(f"{where} is {weights.family}, but this script's network is DeepLab {network}: it is for {scripts}")
     if input is not None:
-        weights.structure = replace(weights.structure, input=input)
+        weights.structure, weights.hint = replace(weights.readings.get(input, weights.structure), input=input), ""
     model = make_network(network, backbone, num_classes, weights.structure)
     if not partial:
         check_fit(weights, model, where)
@@ -347,9 +445,31 @@ def load_model(network: str, backbone: str, num_classes: int, path: str | Path, 
     unexpected = [k for k in named if k not in own and not k.endswith("num_batches_tracked")]
     model.load_state_dict(fitting, strict=False)
     model.complete = not missing
+    check_finite(model, where)
     print(f"{where}: {weights.description}{len(counted) - len(missing)} keys matched, {len(missing)} missing ({len(encoder)} "
           f"of the encoder), {len(unexpected)} unexpected, {weights.classifier} of a classifier left out")
     return model
+
+
+def imagenet_weights(backbone: str) -> dict:
+    """torchvision's ImageNet state dict, from its cache or its download; UserError where neither is available."""
+    weights = IMAGENET[backbone]
+    file = Path(torch.hub.get_dir(), "checkpoints", weights.url.rsplit("/", 1)[-1])
+    try:
+        return weights.get_state_dict(map_location="cpu", check_hash=True, weights_only=True)
+    except Exception as error:    # a download or a damaged file raises almost anything
+        cause = f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
+        why = "cannot be read, delete it" if file.exists() else "is not there and did not download"
+        raise UserError(f"ImageNet weights {file.name} in {file.parent}: the file {why} ({cause}); put it there, or give "
+                        "--init PATH (a file) or --init none (random weights)") from error
+
+
+def check_finite(model: nn.Module, where: str) -> None:
+    """UserError if a weight is NaN or infinite: its training has diverged."""
+    broken = [key for key, value in model.state_dict().items() if value.is_floating_point() and not value.isfinite().all()]
+    if broken:
+        raise UserError(f"{where} has {len(broken)} tensors with values that are not finite (here {broken[0]}): the training "
+                        "that wrote it has diverged; give an earlier file")
 
 
 def check_fit(weights: Weights, model: DeepLab, where: str) -> None:
@@ -382,23 +502,26 @@ def check_fit(weights: Weights, model: DeepLab, where: str) -> None:
                         "...): it was cut or changed; give the whole file, or --partial-init to load what fits")
 
 
-def read_checkpoint(path: str | Path, first_stage: str, branches: int | None) -> dict:
-    """What `--from` holds: a checkpoint of this project; a trained network that others published counts as a model that has
-    finished the first stage. Raises: UserError for another file."""
+def read_checkpoint(path: str | Path, first_stage: str, branches: int | None, entry: str | None = None) -> dict:
+    """What `--from` holds: a checkpoint of this project, whose `entry` stands for its model; a trained network that others
+    published counts as a model that has finished the first stage. Raises: UserError for another file."""
     content = load_foreign(path, "--from")
     if isinstance(content, dict) and isinstance(content.get("state"), dict) and "stage" in content:
+        if entry and entry not in content["state"]:
+            raise UserError(f"--from {path} has no --entry {entry}; it holds {', '.join(content['state'])}")
+        content["state"] |= {"model": content["state"][entry]} if entry else {}
         structures = content.get("structure", {})
         known = {name: asdict(read_structure(values, f"--from {path}")) for name, values in structures.items()}
         return {**content, "structure": known} if known else content
-    if not recognise(content, f"--from {path}", path, branches).family:
+    if not recognise(content, f"--from {path}", path, branches, entry).family:
         raise UserError(f"--from {path} is neither a checkpoint of this project nor a trained network of a family that is "
-                        "known here; initial weights load by --init")
+                        "known here; initial weights, and those of one's own network, load by --init")
     return {"stage": first_stage}
 
 
 def read_weights(path: str | Path, flag: str = "--init") -> dict:
     """The state dict in a file, see `unwrap`. Raises: UserError where there is none."""
-    found, _ = unwrap(load_foreign(path, flag))
+    found = unwrap(load_foreign(path, flag), f"{flag} {path}")[0]
     if not found:
         raise UserError(f"{flag} {path} holds no state dict; give one, or a checkpoint whose entry \"model\" is one")
     return found
@@ -410,10 +533,13 @@ def read_weights(path: str | Path, flag: str = "--init") -> dict:
 def export(path: Path, model: nn.Module, classes: tuple[str, ...]) -> None:
     """Write a plain state dict, and beside it a JSON file that says how the network is built.
 
-    The names are those of torchvision's segmentation networks: `backbone.` + torchvision's own, and `classifier.` + the rest.
+    The names are those of torchvision's segmentation networks: `backbone.` + torchvision's own, and `classifier.` + the rest;
+    one's own network keeps its names.
     """
-    state = {f"backbone.{key.removeprefix('encoder.')}" if key.startswith("encoder.") else f"classifier.{key}": value
-             for key, value in model.state_dict().items()}
+    own = getattr(model, "module", None)
+    state = own.state_dict() if own else {
+        f"backbone.{key.removeprefix('encoder.')}" if key.startswith("encoder.") else f"classifier.{key}": value
+        for key, value in model.state_dict().items()}
     write_atomically(path, lambda file: torch.save(state, file))
     write_json(side_file(path), {
         "file": path.name, "network": model.network, "backbone": model.backbone, "classes": list(classes),

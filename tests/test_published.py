@@ -392,7 +392,7 @@ def test_files_that_do_not_fit(tmp_path, caffe, monkeypatch):
                     "no family.*first names are net.a.weight, net.b.weight; expected are layer6.*FADA.*CAG.*torchvision"),
         "vit": ({"state_dict": {"module.blocks.0.weight": torch.zeros(1)}}, "first names are blocks.0.weight"),
         "empty": ({"state_dict": {}, "epoch": 3}, "holds no state dict"),
-        "discriminator": ({"iteration": 3, "model_D": {"D.0.weight": torch.zeros(1)}}, "holds no state dict"),
+        "discriminator": ({"iteration": 3, "model_D": {"D.0.weight": torch.zeros(1)}}, "first names are D.0.weight"),
         "evil": ({"state_dict": Malicious(), "best": caffe}, "holds no state dict"),
         "blocked": ({"state_dict": caffe, "best": Malicious(os.system, "touch pwned")}, "damaged or not a --init file"),
         "code": ({"x": np.random.default_rng}, "holds no state dict"),

@@ -610,17 +610,20 @@ def test_prototypes_labels_and_maps_are_what_the_equations_say(city, tmp_path, m
             np.testing.assert_allclose(mean, np.mean(right[c], axis=0), rtol=1e-4, atol=1e-5)
 
     gmms = Gmm(kept["weight"], kept["mean"], kept["variance"])
-    delta = next(line["delta"] for line in map(json.loads, (folder / "log.jsonl").read_text().splitlines()) if "delta" in line)
-    labelled, entropies, found = 0, [], []                                           # Eq. (6), and e_c
+    note = next(line for line in map(json.loads, (folder / "log.jsonl").read_text().splitlines()) if "delta" in line)
+    delta, labelled, entropies, found = note["delta"], torch.zeros(19), [], []       # Eq. (6), and e_c
     for image, _, name in target:
         feat, logits = model(image[None])
         expected = bismap.map_pseudo_labels(bismap.upsample(bismap.class_scores(feat, gmms), (32, 64)), delta)[0]
         written = torch.from_numpy(np.array(Image.open(folder / f"pseudo_labels/{name}.png"))).long()
         assert (written != expected).float().mean() < 0.01                           # but for rounding at borders
-        labelled += int((written != IGNORE).sum())
+        labelled += written[written != IGNORE].bincount(minlength=19)
         entropies.append(entropy_of(logits))
         found.append(cells(model, image[None]))
-    assert 0 <= labelled / (8 * 64 * 32) - 0.5 < 1e-3                                # --pl-ratio 0.5
+    assert 0 <= labelled.sum() / (8 * 64 * 32) - 0.5 < 1e-3                          # --pl-ratio 0.5
+    shares = [*labelled.tolist(), labelled.sum().item()]
+    assert list(note["pl_ratio"].values()) == pytest.approx([100 * share / (8 * 64 * 32) for share in shares])
+    assert note["samples"] == dict(zip(classes.names, kept["count"].tolist()))
     entropy, own = (np.concatenate(part) for part in zip(*entropies))
     e = torch.load(folder / "selftrain-labels.pt", weights_only=True)["entropy"]
     for c in range(19):

@@ -151,7 +151,7 @@ class Config:
 TOY = dict(data="data/toycity", init="none", backbone="resnet18", source_size=Size(128, 64), target_size=Size(128, 64),
            crop=Size(128, 64), scale=(1.0, 1.5), warmup_batch_size=2, batch_size=2, warmup_iterations=720,
            selftrain_iterations=500, distill_iterations=500, samples=20_000, pl_ratio=0.6, stm_backbone="warmup", ema=0.99,
-           workers=0, amp="bf16", channels_last=True)
+           workers=0, amp="auto", channels_last=True)
 
 
 class Gmm(NamedTuple):
@@ -669,8 +669,9 @@ def main(argv: list[str] | None = None) -> None:
     """Warm-up, self-training, two rounds of distillation; each followed by its evaluation."""
     cfg, options = parse("bismap.py", __doc__, (Config, Options), argv, TOY)
     check(cfg)
-    augment = Augment(scale=cfg.scale, crop=cfg.crop, jitter=cfg.jitter)
-    run = Run("bismap", cfg, options, ("warmup", "selftrain", *("distill1", "distill2") * cfg.distill), SIZES, cfg.scale[1])
+    augment, distilled = Augment(scale=cfg.scale, crop=cfg.crop, jitter=cfg.jitter), cfg.distill * cfg.distill_iterations
+    run = Run("bismap", cfg, options, {"warmup": cfg.warmup_iterations + options.target_labels * cfg.selftrain_iterations,
+              "selftrain": cfg.selftrain_iterations, "distill1": distilled, "distill2": distilled}, SIZES, cfg.scale[1])
     test, tests = run.images(options.target, "val"), {"single-scale": {}}
     model = run.network("v3+")
     run.watch(model, test)
@@ -687,7 +688,7 @@ def main(argv: list[str] | None = None) -> None:
     if cfg.stm and "selftrain" in run.selected and not (run.folder / "selftrain-transferability.pt").exists():
         encoder = independent_encoder(run, cfg, model)                                        # refuse it now, not later
     if run.pending("warmup"):                              # train the upper bound for as many iterations as the adapted model
-        warm_up(run, cfg, model, source, cfg.warmup_iterations + options.target_labels * cfg.selftrain_iterations)
+        warm_up(run, cfg, model, source, run.lengths["warmup"])
         run.evaluate("warmup", model, test, tests)
     if run.pending("selftrain"):
         whole = fixed_version(run.images(domain, "train", transform=transform), 0)
@@ -698,16 +699,15 @@ def main(argv: list[str] | None = None) -> None:
         run.watch(model, test)
         self_train(run, cfg, model, source.with_maps(maps) if cfg.stm else source, labelled, note)
         run.evaluate("selftrain", model, test, tests)
-    for stage in run.stages[2:]:
-        if run.pending(stage):
-            if cfg.stm and not maps.is_dir():
-                raise UserError(f"{maps} is not there: --from has no transferability maps beside it; add --no-stm")
-            weighted, folder, previous = source.with_maps(maps) if cfg.stm else source, run.folder / stage, model
-            run.once(stage, "labels", partial(write_hard_labels, run, cfg, stage, previous, target, folder))
-            model = run.network("v3+", fresh=True)
-            run.watch(model, test)
-            distill(run, cfg, stage, model, previous, weighted, target.with_maps(folder))
-            run.evaluate(stage, model, test, tests)
+    for stage in filter(run.pending, run.stages[2:]):
+        if cfg.stm and not maps.is_dir():
+            raise UserError(f"{maps} is not there: --from has no transferability maps beside it; add --no-stm")
+        weighted, folder, previous = source.with_maps(maps) if cfg.stm else source, run.folder / stage, model
+        run.once(stage, "labels", partial(write_hard_labels, run, cfg, stage, previous, target, folder))
+        model = run.network("v3+", fresh=True)
+        run.watch(model, test)
+        distill(run, cfg, stage, model, previous, weighted, target.with_maps(folder))
+        run.evaluate(stage, model, test, tests)
 
 
 def draw_maps(run: Run, file: str, images: Dataset, titles: list[str], paint: Callable) -> None:

@@ -125,7 +125,7 @@ class Config:
 
 TOY = dict(data="data/toycity", init="none", backbone="resnet18", source_size=Size(128, 64), target_size=Size(128, 64),
            crop=Size(128, 64), batch_size=2, K=2, lr=5e-3, step_lr=2.5e-3, step0_iterations=720, step_iterations=240,
-           workers=0, amp="bf16", channels_last=True)
+           workers=0, amp="auto", channels_last=True)
 
 
 RGB_TO_XYZ = ((0.412453, 0.357580, 0.180423), (0.212671, 0.715160, 0.072169), (0.019334, 0.119193, 0.950227))
@@ -505,23 +505,23 @@ def main(argv: list[str] | None = None) -> None:
     if cfg.align:
         return align_files(cfg)
     augment = Augment(scale=cfg.scale, crop=cfg.crop)
-    run = Run("c2f", cfg, options, tuple(f"step{i}" for i in range(cfg.K + 1)), largest_scale=cfg.scale[1])
+    run = Run("c2f", cfg, options, {f"step{i}": cfg.step_iterations for i in range(cfg.K + 1)} | {
+        "step0": cfg.step0_iterations + options.target_labels * cfg.K * cfg.step_iterations}, largest_scale=cfg.scale[1])
     test, tests = run.images(options.target, "val"), {"single-scale": {}}
     model = run.network("v3+")
     run.watch(model, test)
     if options.eval:
         return run.evaluate(run.latest, model, test, tests)
     target = run.images(options.target, "train", labels=False, augment=augment)
-    transform = None
-    if cfg.alignment != "none" and not options.target_labels:
-        transform = Alignment(cfg, [pair.image for pair in target.pairs], target.size)
+    aligns = cfg.alignment != "none" and not options.target_labels
+    transform = Alignment(cfg, [pair.image for pair in target.pairs], target.size) if aligns else None
     domain = options.target if options.target_labels else options.source
     source = run.images(domain, "train", augment=replace(augment, jitter=cfg.jitter), transform=transform)
     aligned = fixed_version(run.images(domain, "train", transform=transform), derive_seed(options.seed, "centres"))
     if run.pending("step0"):                               # train the upper bound for as many iterations as the adapted model
         if transform and not (run.folder / "alignment.png").exists():
             draw_alignments(run, cfg, source, target)
-        train_step0(run, cfg, model, source, cfg.step0_iterations + options.target_labels * cfg.K * cfg.step_iterations)
+        train_step0(run, cfg, model, source, run.lengths["step0"])
         run.evaluate("step0", model, test, tests)
     model.freeze_bn(cfg.adapt_freeze_bn)
     for i in range(1, cfg.K + 1):
@@ -539,7 +539,7 @@ def draw_alignments(run: Run, cfg: Config, source: SegmentationDataset, target: 
         m, n = (torch.from_numpy(image).permute(2, 0, 1) / 255 for image in pair)
         aligned = [(align(m, n, cfg) * 255).round().byte().permute(1, 2, 0).numpy() for align in ALIGNMENTS.values()]
         rows.append([*pair, *aligned])
-    run.draw("alignment.png", rows, ["source", "reference", *ALIGNMENTS])
+    run.draw("alignment.png", rows, ["source", "reference", *ALIGNMENTS], legend=False)
 
 
 def report_labels(run: Run, step: str, centers: Tensor, thresholds: Tensor, histogram: Tensor) -> dict:

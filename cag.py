@@ -122,7 +122,7 @@ def stage_names(cfg: Config) -> tuple[str, ...]:
 
 TOY = dict(data="data/toycity", init="none", backbone="resnet18", source_size=Size(128, 64), target_size=Size(128, 64),
            crop=Size(128, 64), batch_size=2, lr=5e-3, source_iterations=720, warmup_epochs=2.5, stage_epochs=2.5, margin=0.5,
-           lr_discriminator=3e-4, workers=0, amp="bf16", channels_last=True)
+           lr_discriminator=3e-4, workers=0, amp="auto", channels_last=True)
 
 
 # ------------------------------------------------------------------------------------------- the equations
@@ -386,25 +386,25 @@ def main(argv: list[str] | None = None) -> None:
     cfg, options = parse("cag.py", __doc__, (Config, Options), argv, TOY)
     if len(cfg.scale) != 2 or cfg.scale[0] > cfg.scale[1]:
         raise UserError(f"--scale {' '.join(map(str, cfg.scale))} is no range: give the smallest and the largest factor")
-    run = Run("cag", cfg, options, stage_names(cfg), largest_scale=cfg.scale[1])
+    run = Run("cag", cfg, options, dict.fromkeys(stage_names(cfg)), largest_scale=cfg.scale[1])
     test, tests = run.images(options.target, "val"), {"single-scale": {}}
     model = run.network("v3+")
     run.watch(model, test)
     if options.eval:
-        run.evaluate(run.latest, model, test, tests)
-        return
+        return run.evaluate(run.latest, model, test, tests)
     augment = Augment(scale=(cfg.scale[0], cfg.scale[1]), crop=options.crop)
     source = run.images(options.target if options.target_labels else options.source, "train", augment=augment)
     target = run.images(options.target, "train", labels=False, augment=augment)
     warmup, adapt = (max(1, round(epochs * len(target) / (cfg.batch_size * run.world)))      # iterations
                      for epochs in (cfg.warmup_epochs, cfg.stage_epochs))
+    run.lengths = {**dict.fromkeys(run.stages, adapt), "warmup": warmup,
+                   "source": cfg.source_iterations + options.target_labels * (warmup * cfg.warmup + adapt * cfg.K)}
     if cfg.offline_anchors and not (run.folder / "stage1-anchors.pt").exists():              # refuse them now, not at stage 1
         if "stage1" not in run.selected:
             raise UserError("--offline-anchors are the anchors of stage 1, which this start does not come to: leave them out")
         read_anchors(cfg.offline_anchors, len(run.classes), model.feat_channels)
     if run.pending("source"):                              # train the upper bound for as many iterations as the adapted model
-        iterations = cfg.source_iterations + options.target_labels * (warmup * cfg.warmup + adapt * cfg.K)
-        train_source(run, cfg, model, source, iterations)
+        train_source(run, cfg, model, source, run.lengths["source"])
         run.evaluate("source", model, test, tests)
     model.freeze_bn(cfg.adapt_freeze_bn)
     if run.pending("warmup"):

@@ -72,7 +72,6 @@ from common.files import UserError
 from common.metrics import print_table
 from common.run import Options, Run
 
-STAGES = ("source", "adversarial", "distill")
 SIZES = {"gta5": Size(1280, 720), "synthia": Size(1280, 760), "cityscapes": Size(1024, 512), "crosscity": Size(1024, 512)}
 
 
@@ -113,7 +112,7 @@ class Config:
 
 TOY = dict(data="data/toycity", init="none", backbone="resnet18", source_size=Size(128, 64), target_size=Size(128, 64),
            distill_size=Size(256, 128), distill_crop=Size(128, 64), source_iterations=600, adversarial_iterations=600,
-           distill_iterations=400, lr=2.5e-3, lambda_adv=0.005, lr_discriminator=3e-4, workers=0, amp="bf16",
+           distill_iterations=400, lr=2.5e-3, lambda_adv=0.005, lr_discriminator=3e-4, workers=0, amp="auto",
            channels_last=True)
 
 
@@ -344,7 +343,8 @@ def main(argv: list[str] | None = None) -> None:
     check(cfg, options, large, crop)
     augment = Augment(flip=True, jitter=cfg.jitter, crop=options.crop)
     augment_large = Augment(flip=True, jitter=cfg.jitter, scale=cfg.distill_scale, crop=crop)
-    run = Run("fada", cfg, options, STAGES if cfg.distill else STAGES[:2], SIZES)
+    run = Run("fada", cfg, options, {"source": cfg.source_iterations + options.target_labels * cfg.adversarial_iterations,
+              "adversarial": cfg.adversarial_iterations, "distill": cfg.distill * cfg.distill_iterations}, SIZES)
     test, test_large = run.images(options.target, "val"), run.images(options.target, "val", size=large)
     single, multi = {"single-scale": {}}, {"multi-scale + flip": {"scales": cfg.test_scales, "flip": True}}
     analysed = [run.images(domain, "train") for domain in (options.source, options.target) * cfg.ccd]
@@ -356,7 +356,7 @@ def main(argv: list[str] | None = None) -> None:
         source = run.images(options.target if options.target_labels else options.source, "train", augment=augment)
         target = run.images(options.target, "train", labels=False, augment=augment)
     if run.pending("source"):                              # train the upper bound for as many iterations as the adapted model
-        train(run, cfg, "source", cfg.source_iterations + options.target_labels * cfg.adversarial_iterations, model, source)
+        train(run, cfg, "source", run.lengths["source"], model, source)
         run.evaluate("source", model, test, single)
     if run.pending("adversarial"):
         adversarial(run, cfg, model, source, target)

@@ -106,7 +106,7 @@ class Config:
 
 TOY = dict(data="data/toycity", init="none", backbone="resnet18", source_size=Size(128, 64), target_size=Size(128, 64),
            iterations=400, batch_size=2, lr=2.5e-3, lambda_adv=0.01, lambda_ci=0.1, lr_discriminator=3e-4, workers=0,
-           amp="bf16", channels_last=True)
+           amp="auto", channels_last=True)
 
 
 # ------------------------------------------------------------------------------------------ the equations
@@ -441,7 +441,7 @@ def main(argv: list[str] | None = None) -> None:
     check(cfg, options)
     if options.target_labels:                                                     # an upper bound adapts nothing
         cfg = replace(cfg, lambda_adv=0.0, lambda_ci=0.0)
-    run = Run("sim", cfg, options, ("step1", "step2") if cfg.ssl else ("step1",), SIZES)
+    run = Run("sim", cfg, options, {"step1": cfg.iterations, "step2": cfg.ssl * cfg.iterations}, SIZES)
     test, tests = run.images(options.target, "val"), {"single-scale": {}}
     model = run.network("v2")
     if options.eval:

@@ -24,7 +24,8 @@ from pathlib import Path
 
 from common.cli import command, flag, flags, paper_value, parse, show
 from common.files import UserError
-from common.run import Options, run_folder
+from common.run import Options
+from common.start import run_folder
 
 _CAG = "--from {source only}/source.pt"
 _CAG_CONTROL = f"{_CAG} --lambda-adv 0 --lambda1 0 --lambda2 0"

@@ -18,6 +18,7 @@ import json
 import os
 import random
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -29,10 +30,10 @@ import torch
 from torch import Tensor, nn
 
 from common import data, metrics, viz
-from common.cli import Size, flag, option, to_json
+from common.cli import Size, option, to_json
 from common.deeplab import DeepLab, Structure, build_model, make_network
 from common.distributed import any_process, barrier, broadcast_buffers, choose_device, gather_objects, join, sum_over_processes
-from common.files import UserError, load, lock, read_json, read_log, write_atomically, write_json, writing
+from common.files import UserError, load, lock, progress, read_json, read_log, write_atomically, write_json, writing
 
 REMEDY = "try a lower --lr or --amp none under a new --tag"     # against values that are not finite
 
@@ -63,7 +64,8 @@ class Options:
     tag: str | None = option(None, "suffix of the run folder's name", defines_run=False)
     seed: int = option(0, "seed of weights, data order and augmentation", low=0)
     device: str = option("auto", "where to compute", choices=("auto", "cuda", "mps", "cpu"), defines_run=False)
-    amp: str = option("none", "bf16: run the networks in bfloat16 autocast (losses stay float32)", choices=("none", "bf16"))
+    amp: str = option("none", "bf16: run the networks in bfloat16 autocast (losses stay float32); auto: where the machine "
+                      "computes in it natively", choices=("none", "bf16", "auto"))
     channels_last: bool = option(False, "keep images and weights in channels-last memory format")
     workers: int = option(4, "processes that load images; 0 loads in the main process", low=0, defines_run=False)
     eval_every: int = option(0, "also evaluate every so many iterations; 0: only after a stage", low=0, defines_run=False)
@@ -73,6 +75,7 @@ class Options:
     from_: str | None = option(None, "start after the stage that this checkpoint finished; a published one: after the first")
     eval: bool = option(False, "only evaluate: --from CHECKPOINT, or --init FILE, or the run's last stage", defines_run=False)
     export: str | None = option(None, "also write the evaluated weights here, with a JSON file beside them", defines_run=False)
+    tensorboard: bool = option(False, "also write the log's numbers for TensorBoard, if installed", defines_run=False)
     toy: bool = option(False, "render the toy city if needed and use the script's small settings")
     command: str = ""
 
@@ -81,35 +84,43 @@ class Run:
     """One run of a script in its own folder.
 
     Args:
-        method: the script's name; cfg, options: what `cli.parse` gave; stages: their names, in order.
+        method: the script's name; cfg, options: what `cli.parse` gave; stages: name -> iterations, in order; 0 leaves a stage
+            out; None where the number of images decides: `run.lengths` gets it before the first stage.
         sizes: domain -> the size of its images where no flag gives one; None or absent: their own.
         largest_scale: of the random resize in training, against which the crop is checked.
     Raises: UserError for settings that make no sense or differ from the folder's, and for a device that is unavailable.
     """
 
-    def __init__(self, method: str, cfg, options: Options, stages: tuple[str, ...], sizes: dict | None = None,
+    def __init__(self, method: str, cfg, options: Options, stages: dict[str, int | None], sizes: dict | None = None,
                  largest_scale: float = 1.0):
-        self.cfg, self.options, self.method, self.stages = cfg, options, method, stages
+        from common import start  # only a run's start needs it
+        self.lengths = {stage: iterations for stage, iterations in stages.items() if iterations != 0}
+        self.cfg, self.options, self.method, self.stages = cfg, options, method, tuple(self.lengths)
         self.sizes = {options.source: options.source_size or (sizes or {}).get(options.source),
                       options.target: options.target_size or (sizes or {}).get(options.target)}
-        check_settings(options, stages, self.sizes, largest_scale)
+        self.folder, asked = start.run_folder(method, options), options.amp
+        start.check_settings(options, self.stages, self.sizes, largest_scale, self.folder)
         self.device = choose_device(options.device)
         self.rank, self.world = join()
         if options.toy:
             from common import toycity  # only --toy needs it
             toycity.ensure(options.data)
-        self.folder = run_folder(method, options)
         self.classes = data.class_list(options.source, options.target)
         self._losses: list[dict[str, Tensor]] = []
-        self._watched = self._asked_to_stop = self._base = None      # _asked_to_stop: when; _base: of --from
+        self._watched = self._asked_to_stop = self._base = self._keep = None     # _asked_to_stop: when, by which signal
+        self.sets: dict[str, dict] = {}                              # name -> number of images, and a hash of their names
         if not options.eval:
             self._lock = lock(self.folder) if self.rank == 0 else None
             barrier()
-            self._check_config()
+            start.check_config(self)
+        elif options.amp == "auto":
+            options.amp = "bf16" if start.native_bf16(self.device) else "none"
+        start.introduce(self, asked)
         if options.from_:
             from common import published  # only weights of another run or project need it
-            self._base = published.read_checkpoint(options.from_, stages[0], options.branches)
-        self.selected = self._select()
+            self._base = published.read_checkpoint(options.from_, self.stages[0], options.branches)
+        self.selected = start.select(self, self._base)
+        self._board = start.tensorboard(self.folder) if options.tensorboard and not options.eval and self.rank == 0 else None
 
     def pending(self, stage: str) -> bool:
         """Whether this start has a stage to train or to evaluate."""
@@ -149,7 +160,12 @@ class Run:
         loaders = [data.training_loader(dataset, batch_size, iterations, data.derive_seed(self.options.seed, name, k), start,
                                         self.options.workers, self.device.type == "cuda", self.rank, self.world)
                    for k, dataset in enumerate(datasets)]
-        self._losses, self._last = [], time.monotonic()
+        def keep() -> None:
+            self._flush(name, self._done, iterations, optimizers)
+            self._save("last", name, self._done, iterations, state)
+            self._saved = self._done
+
+        self._losses, self._last, self._done, self._saved, self._keep = [], time.monotonic(), start, start, keep
         with self._stop_signals(*loaders) as rows:
             for it, batches in zip(range(start, iterations), rows, strict=False):
                 stop = self._evaluate_during(name, it)
@@ -158,13 +174,14 @@ class Run:
                     set_rates(optimizers, it, iterations)
                     yield it, *([self.place(x) for x in batch if isinstance(x, Tensor)] for batch in batches)    # no names
                     stop, it = any_process(self._asked_to_stop), it + 1
-                save = stop or (it % self.options.save_every == 0 and it < iterations)
-                if save or it % self.options.log_every == 0 or it == iterations:
+                self._done = it
+                if stop or (it % self.options.save_every == 0 and it < iterations):
+                    keep()
+                elif it % self.options.log_every == 0 or it == iterations:
                     self._flush(name, it, iterations, optimizers)
-                if save:
-                    self._save("last", name, it, iterations, state)
                 if stop:
                     self._exit()
+        self._keep = None
         self._save(name, name, iterations, iterations, state)
         (self.folder / "last.pt").unlink(missing_ok=True)
 
@@ -181,15 +198,11 @@ class Run:
         each of several processes gets its part; after the last image all have done theirs."""
         rank, world = (self.rank, self.world) if shared else (0, 1)
         loader = data.sweep_loader(dataset, self.options.workers, self.device.type == "cuda", rank, world)
-        shown = time.monotonic()
         with self._stop_signals(loader) as rows:
-            for k, ((image, label, names, *maps),) in enumerate(rows):
+            for (image, label, names, *maps), in progress(f"{what}: image", rows, len(loader)):
                 yield self.place(image), self.place(label), names, *map(self.place, maps)
                 if self._asked_to_stop:
                     self._exit()
-                if time.monotonic() > shown + 30:
-                    shown = time.monotonic()
-                    print(f"{what}: image {k + 1} of {len(loader)}", flush=True)
         barrier()
 
     def images(self, domain: str, split: str, labels: bool = True, augment: data.Augment = data.Augment(),  # noqa: B008
@@ -197,7 +210,12 @@ class Run:
         """A domain's images with --data, --city, its size (or another) and, for the source, --source-images."""
         translated = self.options.source_images if domain == self.options.source else None
         pairs = data.find_pairs(self.options.data, domain, split, city=self.options.city, labels=labels, images=translated)
-        return data.SegmentationDataset(pairs, domain, self.classes, size or self.sizes[domain], augment, transform=transform)
+        size = size or self.sizes[domain]
+        dataset = data.SegmentationDataset(pairs, domain, self.classes, size, augment, transform=transform)
+        if f"{domain} {split}" not in self.sets:
+            from common import start
+            start.check_images(self, domain, split, dataset)
+        return dataset
 
     def network(self, kind: str, fresh: bool = False) -> DeepLab:
         """DeepLab "v2" or "v3+" on the device with --freeze-bn. Its weights are those of the last finished stage or --from; of
@@ -275,10 +293,10 @@ class Run:
         """What results.json holds: stage -> test mode -> `metrics.summary`."""
         return read_json(self.folder / "results.json")
 
-    def draw(self, name: str, rows: list, titles: list[str]) -> None:
-        """Write a contact sheet into the run's folder and say so."""
+    def draw(self, name: str, rows: list, titles: list[str], legend: bool = True) -> None:
+        """Write a contact sheet into the run's folder, with the classes' colours as its legend, and say so."""
         if self.rank == 0:
-            viz.contact_sheet(self.folder / name, rows, titles)
+            viz.contact_sheet(self.folder / name, rows, titles, self.classes if legend else None)
             print(f"pictures: {self.folder / name}", flush=True)
 
     def _print_table(self, results: dict) -> None:
@@ -299,14 +317,15 @@ class Run:
         model, dataset = self._watched
         broadcast_buffers(model)
         loader = data.sweep_loader(dataset, self.options.workers, self.device.type == "cuda", self.rank, self.world)
-        images = itertools.takewhile(lambda _: not self._asked_to_stop, loader)
+        images = progress(f"{stage} {it}: image", (row for row, in self._or_keep(zip(loader, strict=True))), len(loader))
+        images = itertools.takewhile(lambda _: not self._asked_to_stop, images)
         with self.autocast():
             matrix = metrics.evaluate(model, images, len(self.classes), self.device)
         if any_process(self._asked_to_stop):                     # half a pass is no result: the next start repeats it
             return True
         means = metrics.percent(metrics.summary(matrix, self.classes))
         self._log(stage=stage, iteration=it, miou=means)
-        print(f"{stage} {it}: " + "  ".join(f"{name} {value}" for name, value in means.items()), flush=True)
+        self._print(f"{stage} {it}: " + "  ".join(f"{name} {value}" for name, value in means.items()))
         self._last = time.monotonic()
         return False
 
@@ -330,8 +349,10 @@ class Run:
         rate = optimizers[0].param_groups[0]["lr"] if optimizers else 0.0
         self._log(stage=stage, iteration=done, rate=rate, seconds=round(seconds, 4), **means)
         losses = "  ".join(f"{name} {value:.4f}" for name, value in means.items())
-        left = datetime.timedelta(seconds=round(seconds * (iterations - done)))
-        print(f"{stage} {done}/{iterations}  {losses}  rate {rate:.2e}  {seconds:.2f} s/it  {left} left", flush=True)
+        later = self.stages[self.stages.index(stage) + 1:]
+        ahead = iterations - done + sum(self.lengths[name] or 0 for name in later if name in self.selected)
+        left = datetime.timedelta(seconds=round(seconds * ahead))
+        self._print(f"{stage} {done}/{iterations}  {losses}  rate {rate:.2e}  {seconds:.2f} s/it  {left} left")
 
     def _save(self, file: str, stage: str, iteration: int, iterations: int, state: dict) -> None:
         """Write a checkpoint; only one for resuming holds optimizers."""
@@ -395,19 +416,6 @@ class Run:
             return "", {}                                        # evaluate this file, not what the run made of another
         return (done[-1], checkpoint) if done else ("", {})
 
-    def _check_config(self) -> None:
-        """Refuse to continue a run with other settings; a folder in which nothing was trained yet is free."""
-        path, new = self.folder / "config.json", {"method": self.method, **to_json(self.cfg, defining_only=True),
-                                                  **to_json(self.options, defining_only=True), "processes": self.world}
-        old, trained = gather_objects((read_json(path), any(self.folder.glob("*.pt"))))[0]
-        changed = [f"{flag(key)} ({old.get(key)} -> {new.get(key)})"
-                   for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
-        if changed and trained:
-            raise UserError(f"{self.folder} holds a run with other settings: {', '.join(changed)}; "
-                            "give this one another --tag, or delete the folder")
-        if self.rank == 0 and changed:
-            write_json(path, new)
-
     def _check_nothing_is_stale(self, stage: str, missing: str) -> None:
         """What a stage needs, or the stage itself, must not be made anew under what an earlier one led to."""
         later = self.stages[self.stages.index(stage) + 1:]
@@ -418,86 +426,68 @@ class Run:
             raise UserError(f"{self.folder} has no {missing}, but what came after it ({', '.join(left)}): "
                             "delete the folder, or give this run another --tag")
 
-    def _select(self) -> tuple[str, ...]:
-        """The stages of this start: --stage, or those after the one that --from finished, or all."""
-        stage, base, path, first = self.options.stage, self._base, self.options.from_, 0
-        if self.options.eval:
-            return self.stages
-        if base:
-            if base.get("iteration", 0) < base.get("iterations", 0):
-                raise UserError(f"--from {path} is from inside the stage {base['stage']!r}; start that run again to finish it")
-            method = base.get("method", self.method)
-            own = method == self.method and base["stage"] in self.stages
-            first = self.stages.index(base["stage"]) + 1 if own else len(self.stages)
-            if first == len(self.stages) and not stage:
-                raise UserError(f"--from {path} finished {base['stage']!r} of {method}.py, and no stage of this run follows: "
-                                f"add --stage {' or '.join(self.stages)} to start from it, or --eval")
-        elif stage and stage != self.stages[0]:
-            before = self.folder / f"{self.stages[self.stages.index(stage) - 1]}.pt"
-            if not self._has(before.name):
-                raise UserError(f"--stage {stage} needs {before}, which does not exist: run --stage {before.stem} first, or "
-                                "give --from CHECKPOINT")
-        return (stage,) if stage else self.stages[first:]
-
     def _log(self, **record) -> None:
-        """Append one line to log.jsonl."""
+        """Append one line to log.jsonl: stage, iteration (how many are done) and, each --log-every iterations, rate, seconds
+        per iteration and each loss's mean; or miou (name of a mean -> percent); or, at 0, what was noted before the stage."""
         path = self.folder / "log.jsonl"
         if self.rank == 0:
             with writing(path), open(path, "a", encoding="utf-8") as file:
                 file.write(json.dumps(record) + "\n")
+        for name, value in {**record, **record.get("miou", {})}.items() if self._board else ():
+            if isinstance(value, int | float) and name != "iteration":
+                self._board.add_scalar(f"{record['stage']}/{name}", value, record["iteration"])
+
+    def _print(self, line: str) -> None:
+        """Print amid a stage. Where nobody reads any more, the run stops as if SIGPIPE had been handled."""
+        try:
+            print(line, flush=True)
+        except OSError:
+            sys.stdout = open(os.devnull, "w")
+            self._asked_to_stop = self._asked_to_stop or (time.monotonic(), 13)
 
     @contextlib.contextmanager
     def _stop_signals(self, *loaders):
-        """Yield the loaders' batches, and turn SIGINT or SIGTERM into a clean stop after the iteration under way. A
-        signal often comes twice, from a scheduler and from torchrun; one that comes seconds later is not held up."""
+        """Yield the loaders' batches, and turn Ctrl-C and its like into a clean stop after the iteration under way. A signal
+        often comes twice, from a scheduler and from torchrun; one that comes seconds later ends the process at once."""
         def ask_to_stop(number, frame):
-            if self._asked_to_stop and time.monotonic() - self._asked_to_stop > 2:
-                signal.signal(number, previous[number])
+            if not self._asked_to_stop:
+                self._asked_to_stop = time.monotonic(), number
+                what = "image; once more: stop now"
+                if self._keep:
+                    what = f"iteration; once more: stop now, losing {self._done + 1 - self._saved} iterations"
+                with contextlib.suppress(OSError):                   # not print: it may be what the signal has interrupted
+                    os.write(1, f"\nstopping after this {what}\n".encode() * (self.rank == 0))
+            elif time.monotonic() - self._asked_to_stop[0] > 2:
+                signal.signal(number, signal.SIG_DFL)
                 os.kill(os.getpid(), number)
-            self._asked_to_stop = self._asked_to_stop or time.monotonic()
 
-        numbers = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
-        previous = {number: signal.signal(number, ask_to_stop) for number in numbers}
+        names = ("SIGINT", "SIGTERM", "SIGHUP") if threading.current_thread() is threading.main_thread() else ()
+        numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
+        previous = {number: signal.signal(number, ask_to_stop) for number in numbers
+                    if signal.getsignal(number) != signal.SIG_IGN}       # nohup ignores SIGHUP
         try:
             rows = zip(*loaders, strict=True)                    # here torch sets its handler of SIGCHLD, which raises at any
             if previous and hasattr(signal, "SIGCHLD"):          # moment, also while a file is written or an error is told
                 signal.signal(signal.SIGCHLD, signal.SIG_DFL)    # without it, a worker that was killed shows in the next batch
-            yield rows
+            yield self._or_keep(rows)
         finally:
             for number, handler in previous.items():
                 signal.signal(number, handler)
 
+    def _or_keep(self, rows):
+        """The rows. Where one cannot be had (a damaged image, a worker that was killed), what is trained is saved first; not
+        with several processes, which do not come here together."""
+        try:
+            yield from rows
+        except Exception:
+            if self._keep and self.world == 1 and self._done > self._saved:
+                self._keep()
+            raise
+
     def _exit(self) -> None:
         again = self.options.command if self.world == 1 else f"the same torchrun command, with {self.world} processes"
         print(f"\nstopped; resume with: {again}", flush=True)
-        raise SystemExit(0)
-
-
-def run_folder(method: str, options: Options) -> Path:
-    """<runs>/<method>-<source>[-<city>][-<tag>]"""
-    parts = [method, options.source, options.city.lower() if options.target == "crosscity" else "",
-             options.tag or ("toy" if options.toy else "")]
-    return Path(options.runs, "-".join(filter(None, parts)))
-
-
-def check_settings(options: Options, stages: tuple[str, ...], sizes: dict, largest_scale: float) -> None:
-    """Refuse domains, a stage, an export, an upper bound and a crop that make no sense. Arguments as for `Run`."""
-    if options.source == options.target:
-        raise UserError(f"--source and --target are both {options.source}; add --target crosscity --city {options.city}")
-    if options.stage not in (None, *stages):
-        raise UserError(f"--stage {options.stage} is unknown; the stages are {', '.join(stages)}")
-    if options.export and Path(options.export).suffix == ".json":
-        raise UserError(f"--export {options.export} is the name of the JSON file beside the weights: choose another suffix")
-    if options.target == "crosscity" and options.target_labels:
-        raise UserError("Cross-City's training images have no labels: --target-labels is for --target cityscapes")
-    if options.target_labels and options.stage != stages[0]:
-        raise UserError(f"--target-labels trains an upper bound, nothing is adapted from it: add --stage {stages[0]}")
-    for width, height in filter(None, sizes.values() if options.crop and not options.eval else ()):
-        largest = Size(round(largest_scale * width), round(largest_scale * height))
-        if options.crop.width > largest.width or options.crop.height > largest.height:
-            scaled = "" if largest_scale == 1 else f", at most {largest} after --scale"
-            raise UserError(f"--crop {options.crop} is larger than the images ({Size(width, height)}{scaled}); choose a "
-                            "smaller crop or larger images")
+        raise SystemExit(128 + (self._asked_to_stop or (0, signal.SIGTERM))[1])      # the signal may be another process's
 
 
 def set_rates(optimizers: list, iteration: int, iterations: int) -> None:

@@ -14,7 +14,7 @@ from common.deeplab import resize_label
 from common.files import write_atomically
 from common.metrics import evaluation_mode, predict
 
-GAP = 10                                                              # pixels between things
+GAP, LEGEND = 10, 130                                                 # pixels between things, and for a name of the legend
 
 
 def _array(x: Tensor | np.ndarray) -> np.ndarray:
@@ -56,26 +56,39 @@ def prediction_rows(model: nn.Module, dataset, classes: ClassList, place: Callab
 
 
 def contact_sheet(path: str | os.PathLike, rows: Sequence[Sequence[np.ndarray]], titles: Sequence[str],
-                  width: int = 400) -> None:
-    """Write a sheet of pictures, a title above each column (image | prediction | label).
+                  legend: ClassList | None = None, width: int = 400) -> None:
+    """Write a sheet of pictures, a title above each column (image | prediction | label), the classes' colours below.
 
-    Args: rows of one (h,w,3) uint8 array per title; width of each picture in pixels: a multiple of its own keeps them exact.
+    Args: rows of one (h,w,3) uint8 array per title; width that no picture exceeds, in pixels: a smaller one is enlarged by the
+        largest whole factor that fits. A picture that is black all over, as an empty pseudo label is, says "0 %".
     Raises: ValueError if there is no row or the columns do not match; UserError if the file cannot be written.
     """
     if not rows or any(len(row) != len(titles) for row in rows):
         raise ValueError(f"rows of {[len(row) for row in rows]} pictures do not match {len(titles)} titles")
     # A box filter repeats pixels when enlarging (label maps keep their colours) and averages when shrinking.
-    panels = [[Image.fromarray(p).resize((width, max(1, round(width * p.shape[0] / p.shape[1]))), Image.Resampling.BOX)
-               for p in row] for row in rows]
-    heights = [max(panel.height for panel in row) for row in panels]
-    head = top = 30
-    sheet = Image.new("RGB", (GAP + len(titles) * (width + GAP), head + sum(heights) + GAP * len(rows)), "white")
+    scales = [[width // p.shape[1] or width / p.shape[1] for p in row] for row in rows]
+    panels = [[Image.fromarray(p).resize((round(scale * p.shape[1]), max(1, round(scale * p.shape[0]))), Image.Resampling.BOX)
+               for p, scale in zip(*both)] for both in zip(rows, scales)]
+    heights, font = [max(panel.height for panel in row) for row in panels], ImageFont.load_default
+    head, top, wide = 30, 30, GAP + len(titles) * (width + GAP)
+    names = list(zip(legend.names, legend.colors)) if legend else []
+    each = max((wide - GAP) // LEGEND, 1)                             # names per row of the legend
+    foot = 22 * -(-len(names) // each)
+    sheet = Image.new("RGB", (wide, head + sum(heights) + GAP * len(rows) + foot), "white")
+    pen = ImageDraw.Draw(sheet)
     for column, title in enumerate(titles):
         panel = Image.new("RGB", (width, head), "white")              # cuts a title that is too long
-        ImageDraw.Draw(panel).text((width / 2, head / 2), title, (40, 40, 40), ImageFont.load_default(18), anchor="mm")
+        ImageDraw.Draw(panel).text((width / 2, head / 2), title, (40, 40, 40), font(18), anchor="mm")
         sheet.paste(panel, (GAP + column * (width + GAP), 0))
     for row, height in zip(panels, heights):
         for column, panel in enumerate(row):
-            sheet.paste(panel, (GAP + column * (width + GAP), top))
+            left = GAP + column * (width + GAP)
+            sheet.paste(panel, (left, top))
+            if not np.any(panel):
+                pen.text((left + panel.width / 2, top + panel.height / 2), "0 %", "white", font(18), anchor="mm")
         top += height + GAP
+    for k, (name, color) in enumerate(names):
+        left, line = GAP + k % each * LEGEND, top + k // each * 22
+        pen.rectangle((left, line, left + 14, line + 14), color)
+        pen.text((left + 20, line + 7), name, (40, 40, 40), font(13), anchor="lm")
     write_atomically(path, lambda file: sheet.save(file, format="PNG"))

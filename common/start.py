@@ -1,0 +1,215 @@
+"""What a run does once, when it starts: check its settings, know its folder again, say what it is."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import platform
+import subprocess
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+import torchvision
+
+from common import checks
+from common.cli import Size, flag, to_json
+from common.distributed import gather_objects
+from common.files import UserError, load, read_json, write_json
+
+NOTES = ("lengths", "images", "made")                            # of config.json; the rest is settings, which are compared
+
+
+def run_folder(method: str, options) -> Path:
+    """<runs>/<method>-<source>[-<city>][-<tag>]"""
+    parts = [method, options.source, options.city.lower() if options.target == "crosscity" else "",
+             options.tag or ("toy" if options.toy else "")]
+    return Path(options.runs, "-".join(filter(None, parts)))
+
+
+def check_settings(options, stages: tuple[str, ...], sizes: dict, largest_scale: float, folder: Path) -> None:
+    """Refuse domains, a stage, an export, an upper bound, a crop that make no sense. folder: the run's; else as for `Run`."""
+    if options.source == options.target:
+        raise UserError(f"--source and --target are both {options.source}; add --target crosscity --city {options.city}")
+    if options.stage not in (None, *stages):
+        raise UserError(f"--stage {options.stage} is unknown; the stages are {', '.join(stages)}")
+    if options.export:
+        check_export(Path(options.export).absolute(), folder.absolute())
+    if options.eval:                                             # nothing is trained
+        return
+    if options.target == "crosscity" and options.target_labels:
+        raise UserError("Cross-City's training images have no labels: --target-labels is for --target cityscapes")
+    if options.target_labels and options.stage != stages[0]:
+        raise UserError(f"--target-labels trains an upper bound, nothing is adapted from it: add --stage {stages[0]}")
+    for width, height in filter(None, sizes.values() if options.crop else ()):
+        largest = Size(round(largest_scale * width), round(largest_scale * height))
+        if options.crop.width > largest.width or options.crop.height > largest.height:
+            scaled = "" if largest_scale == 1 else f", at most {largest} after --scale"
+            raise UserError(f"--crop {options.crop} is larger than the images ({Size(width, height)}{scaled}); choose a "
+                            "smaller crop or larger images")
+
+
+def check_export(path: Path, own: Path) -> None:
+    """Refuse to write exported weights over a run: they lack what a run needs to go on. own: the folder of this run."""
+    if path.suffix == ".json":
+        raise UserError(f"--export {path} is the name of the JSON file beside the weights: choose another suffix")
+    for folder in path.resolve().parents:
+        if folder == own.resolve() or ((folder / "config.json").exists() and (folder / "log.jsonl").exists()):
+            raise UserError(f"--export {path} lies in the run folder {folder}, whose files the run needs: write it elsewhere")
+    try:
+        content = load(path) if path.exists() else None
+    except UserError:                                            # no file of torch, so no checkpoint
+        return
+    if isinstance(content, dict) and {"method", "stage", "state"} <= content.keys():
+        raise UserError(f"--export {path} is a checkpoint of {content['method']}.py, which it would replace: give another name")
+
+
+def native_bf16(device: torch.device) -> bool:
+    """Whether a device computes in bfloat16 itself, and does not imitate it (which is slower than float32)."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device)[0] >= 8
+    known = (getattr(torch.cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
+    return device.type == "cpu" and any(supported() for supported in known if supported)
+
+
+def check_config(run) -> None:
+    """Refuse to continue a run with other settings; a folder in which nothing was trained yet is free. A setting that its
+    config.json lacks, as an earlier version wrote it, has its default there. --amp auto is decided here, once per run."""
+    path = run.folder / "config.json"
+    old, trained = gather_objects((read_json(path), any(run.folder.glob("*.pt"))))[0]
+    if run.options.amp == "auto":
+        auto = "bf16" if native_bf16(run.device) else "none"
+        run.options.amp = old.get("amp", "none") if trained else auto
+    new = {"method": run.method, **to_json(run.cfg, defining_only=True), **to_json(run.options, defining_only=True),
+           "processes": run.world}
+    defaults = {**to_json(type(run.options)(), defining_only=True), **to_json(type(run.cfg)(), defining_only=True)}
+    before = {**defaults, **{key: value for key, value in old.items() if key not in NOTES}} if old else {}
+    changed = [key for key in sorted(before.keys() | new.keys()) if before.get(key) != new.get(key)]
+    if changed and trained:
+        shown = ", ".join(f"{flag(key)} ({before.get(key)} -> {new.get(key)})" for key in changed)
+        way_on = _way_on(run, changed, old.get("lengths", {}))
+        raise UserError(f"{run.folder} holds a run with other settings: {shown}; {way_on}")
+    if run.rank == 0 and (changed or not trained):
+        write_json(path, {**new, "lengths": run.lengths, "images": {}, "made": made(run)})
+
+
+def _way_on(run, changed: list[str], lengths: dict) -> str:
+    """How to train a stage for longer than a run that is there has trained it."""
+    if all(key.endswith(("iterations", "epochs")) for key in changed):
+        finished = [stage for stage in run.stages if (run.folder / f"{stage}.pt").exists()]
+        same = next((k for k, stage in enumerate(run.stages) if lengths.get(stage) != run.lengths[stage]), 0)
+        if 0 < same <= len(finished):
+            return (f"to train {run.stages[same]!r} anew for that long, add another --tag and "
+                    f"--from {run.folder / finished[same - 1]}.pt")
+    return "give this one another --tag, or delete the folder"
+
+
+def check_images(run, domain: str, split: str, dataset) -> None:
+    """Say how many images a set has; refuse to continue a run with others."""
+    path, name, new = run.folder / "config.json", f"{domain} {split}", checks.identity(dataset)
+    run.sets[name] = new
+    print(f"{name}: {new['images']} images", flush=True)
+    config = {} if run.options.eval else gather_objects(read_json(path))[0]
+    old = config.get("images", {}).get(name, new)
+    if old != new:
+        others = f"{old['images']} images, here are {new['images']}" if old["images"] != new["images"] else "other file names"
+        raise UserError(f"{run.folder} holds a run whose {name} set has {others} in {run.options.data}: give the --data of "
+                        "that run, or this one another --tag")
+    if config and run.rank == 0 and name not in config.get("images", {}):
+        write_json(path, {**config, "images": {**config.get("images", {}), name: new}})
+
+
+def select(run, base: dict | None) -> tuple[str, ...]:
+    """The stages of this start: --stage, or those after the one that --from finished, or all. base: --from's content."""
+    stage, path, first = run.options.stage, run.options.from_, 0
+    if run.options.eval:
+        return run.stages
+    if base:
+        if base.get("iteration", 0) < base.get("iterations", 0):
+            raise UserError(f"--from {path} is from inside the stage {base['stage']!r}; start that run again to finish it")
+        method = base.get("method", run.method)
+        own = method == run.method and base["stage"] in run.stages
+        first = run.stages.index(base["stage"]) + 1 if own else len(run.stages)
+        if first == len(run.stages) and not stage:
+            raise UserError(f"--from {path} finished {base['stage']!r} of {method}.py, and no stage of this run follows: "
+                            f"add --stage {' or '.join(run.stages)} to start from it, or --eval")
+    elif stage and stage != run.stages[0]:
+        before = run.folder / f"{run.stages[run.stages.index(stage) - 1]}.pt"
+        if not gather_objects(before.exists())[0]:
+            raise UserError(f"--stage {stage} needs {before}, which does not exist: run --stage {before.stem} first, or "
+                            "give --from CHECKPOINT")
+    return (stage,) if stage else run.stages[first:]
+
+
+def commit() -> str:
+    """The git commit of the scripts, with "-dirty" if they are changed; "unknown" if there is none."""
+    try:
+        done = subprocess.run(["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"],
+                              capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+    return done.stdout.strip() or "unknown"
+
+
+def made(run) -> dict:
+    """Where a run comes from; stands in config.json and is not compared."""
+    return {"torch": torch.__version__, "torchvision": torchvision.__version__, "commit": commit(), "host": platform.node(),
+            "date": datetime.datetime.now().astimezone().isoformat(timespec="seconds"), "data": run.options.data}
+
+
+def introduce(run, asked: str) -> None:
+    """A run's first lines: script, commit, device, precision, folder, stages. `asked`: the precision on the command line."""
+    device, name = run.device.type, run.options.device
+    if device == "cuda":
+        device = f"cuda ({torch.cuda.get_device_name(run.device)})"
+    elif device == "cpu" and name == "cpu":
+        device = "cpu, as --device says"
+    elif device == "cpu":
+        why = "no GPU is visible to torch" if torch.version.cuda or torch.version.hip else "this torch is built without CUDA"
+        device = f"cpu, because {why}"
+    precision = "bfloat16" if run.options.amp == "bf16" else "float32"
+    precision += ", chosen by --amp auto" * (asked == "auto")
+    lengths = ", ".join(f"{stage} {run.lengths[stage] or ''}".strip() for stage in run.stages)
+    print(f"{run.method}.py, commit {commit()}, torch {torch.__version__}\ndevice: {device}; precision: {precision}\n"
+          f"folder: {run.folder}\nstages: {lengths}", flush=True)
+
+
+def trained_with(method: str, values: dict, defining: set[str]) -> list[str]:
+    """The flags of what --eval evaluates, a checkpoint of this project or a run's folder: names it, sizes, network, data.
+
+    Args: values: what the command line and the defaults give so far; defining: names of the flags that define a run.
+    """
+    options = SimpleNamespace(**values)
+    if options.from_:
+        content = load(options.from_) if Path(options.from_).exists() else {}
+        content = content if isinstance(content, dict) else {}
+        found = {**content.get("options", {}), **(content.get("config", {}) if content.get("method") == method else {})}
+        data = found.get("data")
+    else:
+        folder = run_folder(method, options)
+        if not (folder / "config.json").exists():                # --source and --target may be another pair
+            others = [path.parent for path in Path(options.runs).glob(f"{method}-*/config.json")
+                      if not options.tag or path.parent.name.endswith(f"-{options.tag}")]
+            folder = others[0] if len(others) == 1 else folder
+        found = read_json(folder / "config.json")
+        data = found.get("made", {}).get("data")
+    kept = {key: value for key, value in found.items() if key in defining - {"toy", "from_"}}
+    kept |= {"data": data} if data and os.path.isdir(data) else {}
+    argv = []
+    for key, value in kept.items():
+        if isinstance(value, bool):
+            argv.append(flag(key) if value else flag(key).replace("--", "--no-", 1))
+        elif isinstance(value, list):
+            argv += [flag(key), *map(str, value)]
+        elif value is not None:
+            argv.append(f"{flag(key)}={value}")
+    return argv
+
+
+def tensorboard(folder: Path):
+    """What --tensorboard writes to. Raises UserError if it is not installed."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise UserError("--tensorboard needs tensorboard: pip install tensorboard, or leave the flag out") from error
+    return SummaryWriter(str(folder / "tensorboard"))

@@ -1,4 +1,4 @@
-"""GTA5, SYNTHIA, Cityscapes and Cross-City: finding the files, reading labels as class indices, augmenting, loading.
+"""Images and labels: classes, reading labels as class indices, augmenting, loading. `common/layouts.py` finds the files.
 
 Every item is a pure function of (file, seed), and the order of items a pure function of (seed, iteration, position in
 the batch), so that neither the number of worker processes nor an interruption changes what a run sees.
@@ -11,7 +11,6 @@ import io
 import itertools
 import os
 import signal
-import warnings
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -49,18 +48,34 @@ _NOT_IN_13 = {"wall", "fence", "pole", "terrain", "truck", "train"}
 _DEFINED = {"gta5": (*range(35), 255), "synthia": tuple(range(23)), "cityscapes": (*range(34), 255),
             "crosscity": (*range(34), 255)}
 _UNDEFINED = 254                                                 # in a table from ids to class indices
+# Colours of Cityscapes' ids without a class. GTA5's ids 18 and 34 have none either, but the colours of pole and car.
+_VOID = bytes.fromhex("000000 141414 6f4a00 510051 faaaa0 e6968c b4a5b4 966464 96785a 00005a 00006e")
+BY_COLOR = "the palette's colours tell the classes"
+_TWINS = ((18, (153, 153, 153)), (34, (0, 0, 142)))
 
 
 @dataclass(frozen=True)
 class ClassList:
-    """The classes a head predicts, in the order of their indices; means: name of a reported mean -> indices it runs over."""
+    """The classes a head predicts, in the order of their indices; means: name of a reported mean -> indices it runs over.
+    stuff: names of those without instances, None if a method's own list says it. ids: file id -> class index or 255, None
+    if the data set decides."""
     names: tuple[str, ...]
     colors: tuple[tuple[int, int, int], ...]
     train_ids: tuple[int, ...]
     means: dict[str, tuple[int, ...]]
+    stuff: tuple[str, ...] | None = None
+    ids: dict[int, int] | None = None
 
     def __len__(self) -> int:
         return len(self.names)
+
+
+class Sizes(dict):
+    """A script's sizes of images: name of a data set -> Size. Raises UserError for the name of another."""
+
+    def __missing__(self, name: str):
+        raise UserError(f"{name!r} is none of {', '.join(self)}: a data set of your own needs --classes, --source-size and "
+                        "--target-size, see docs/data.md")
 
 
 def class_list(source: str, target: str = "cityscapes") -> ClassList:
@@ -77,9 +92,9 @@ def class_list(source: str, target: str = "cityscapes") -> ClassList:
 def _index_table(dataset: str, classes: ClassList) -> np.ndarray:
     """(256,) uint8: file id -> class index, 255 for a defined id without a class, 254 for an id that is not defined."""
     table = np.full(256, _UNDEFINED, dtype=np.uint8)
-    table[list(_DEFINED[dataset])] = IGNORE
-    for index, train_id in enumerate(classes.train_ids):
-        file_id = _CLASSES[train_id][3 if dataset == "synthia" else 2]
+    table[[255] if classes.ids else list(_DEFINED[dataset])] = IGNORE
+    ids = classes.ids or {_CLASSES[k][3 if dataset == "synthia" else 2]: n for n, k in enumerate(classes.train_ids)}
+    for file_id, index in ids.items():
         if file_id is not None:
             table[file_id] = index
     return table
@@ -92,85 +107,10 @@ class Pair(NamedTuple):
     name: str
 
 
-class _Layout(NamedTuple):
-    images: str
-    image_ends: tuple[str, ...]
-    labels: str
-    label_end: str
-    example: str
-    splits: tuple[str, ...] = ("train", "val")
-
-
-_LAYOUTS = {
-    "gta5": _Layout("gta5/images", (".png",), "gta5/labels", ".png", "00001", ("train",)),
-    "synthia": _Layout("synthia/RGB", (".png",), "synthia/GT/LABELS", ".png", "0000000", ("train",)),
-    "cityscapes": _Layout("cityscapes/leftImg8bit/{split}", ("_leftImg8bit.png",), "cityscapes/gtFine/{split}",
-                          "_gtFine_labelIds.png", "aachen/aachen_000000_000019"),
-    "crosscity": _Layout("crosscity/{city}/Images/{part}", (".jpg", ".png"), "crosscity/{city}/Labels/Test",
-                         "_eval.png", "pano_00001"),
-}
-
-
-def find_pairs(root: str | Path, dataset: str, split: str = "train", *, images: str | Path | None = None,
-               city: str | None = None, labels: bool = True) -> list[Pair]:
-    """List a split's images with their labels, sorted by name; no file is opened.
-
-    Args:
-        root: the folder that holds gta5/, synthia/, cityscapes/ and crosscity/.
-        dataset: one of these; split: "train" or "val", which GTA5 and SYNTHIA lack; city: Cross-City's city.
-        images: a folder with files of the same names to be read instead of the images (translated images).
-        labels: False if labels are not needed, so that `label` is None, as it is in Cross-City's "train".
-    Raises: UserError for a missing folder (with the expected tree and what is there), city, label or image.
-    """
-    layout, root = _LAYOUTS.get(dataset), Path(root)
-    if not layout or split not in layout.splits:
-        known = ", ".join(f"{name} ({' '.join(layout.splits)})" for name, layout in _LAYOUTS.items())
-        raise UserError(f"there is no dataset {dataset!r} with a split {split!r}: choose one of {known}")
-    if dataset == "crosscity":
-        labels = labels and split == "val"
-        cities = [name.rstrip("/") for name in _entries(root / "crosscity") if name.endswith("/")]
-        if cities and city not in cities:
-            raise UserError(f"there is no city {city!r} in {root / 'crosscity'}: choose one of {', '.join(cities)}")
-    part = {"split": split, "city": city or "Rome", "part": "Train" if split == "train" else "Test"}
-    image_folder, label_folder = root / layout.images.format(**part), root / layout.labels.format(**part)
-    files = _list(image_folder, layout, layout.image_ends)
-    label_files = _list(label_folder, layout, (layout.label_end,)) if labels else {}
-    for folder in [image_folder] * (not files) + [label_folder] * (labels and not label_files):
-        parent = next(path for path in (folder, *folder.absolute().parents) if path.is_dir())
-        content = ", ".join(_entries(parent)[:8] + ["..."] * (len(_entries(parent)) > 8)) or "nothing"
-        tree = f"\n  {image_folder / layout.example}{' or '.join(layout.image_ends)}"
-        tree += f"\n  {label_folder / layout.example}{layout.label_end}" * labels
-        raise UserError(f"{folder} has no {dataset} files\nexpected:{tree}\nfound in {parent}: {content}")
-    for name in sorted(files.keys() ^ label_files.keys()) if labels else ():
-        if name in files:
-            raise UserError(f"{files[name]} has no label: {label_folder / name}{layout.label_end} is missing")
-        raise UserError(f"{label_files[name]} has no image: {image_folder / name}{layout.image_ends[0]} is missing")
-    if images is not None:
-        translated = _list(Path(images), layout, layout.image_ends)
-        for name in sorted(files.keys() - translated.keys()):
-            missing = Path(images) / files[name].relative_to(image_folder)
-            raise UserError(f"{files[name]} has no counterpart: {missing} is missing")
-        files = {name: translated[name] for name in files}
-    return [Pair(files[name], label_files.get(name), name) for name in sorted(files)]
-
-
-def _list(folder: Path, layout: _Layout, ends: tuple[str, ...]) -> dict[str, Path]:
-    """Name -> file for the files with one of the endings, as deep below `folder` as the layout's example."""
-    files: dict[str, Path] = {}
-    for path in folder.glob("/".join("*" * len(Path(layout.example).parts))):
-        end = next((end for end in ends if path.name.endswith(end)), None)
-        if end and not path.name.startswith("."):                # ._00001.png is what macOS leaves in copied folders
-            name = path.relative_to(folder).as_posix().removesuffix(end)
-            if name in files:
-                raise UserError(f"{path} and {files[name]} have the same name: remove one of them")
-            files[name] = path
-    return files
-
-
-def _entries(folder: Path) -> list[str]:
-    """What a folder holds, sorted, subfolders as "name/"; [] if it is not there."""
-    paths = folder.iterdir() if folder.is_dir() else ()
-    return sorted(path.name + "/" * path.is_dir() for path in paths if not path.name.startswith("."))
+def find_pairs(root: str | Path, dataset: str, split: str = "train", **how) -> list[Pair]:
+    """A split's images with their labels: see `common.layouts.find_pairs`, which only a run's start needs."""
+    from common import layouts
+    return layouts.find_pairs(root, dataset, split, **how)
 
 
 @contextmanager
@@ -212,23 +152,49 @@ def read_resized(path: Path, size: Size | None) -> Tensor:
 def read_label(path: str | Path, dataset: str, classes: ClassList) -> Tensor:
     """Read a label file of `dataset` as uint8 (H,W) of class indices 0..K-1, 255 where no class of the list is.
 
-    GTA5's ids are palette indices, Cityscapes' and Cross-City's grey values, SYNTHIA's the first channel of 16-bit RGB.
     Raises: UserError naming a file that is missing, damaged, of another pixel type, or has ids its dataset lacks."""
-    ids = _read_synthia_ids(path) if dataset == "synthia" else _read_ids(path)
-    label = _index_table(dataset, classes)[np.minimum(ids, 255).astype(np.uint8)]
+    ids, table, _ = read_ids(path, dataset, classes)
+    label = table[np.minimum(ids, 255).astype(np.uint8)]
     if (label == _UNDEFINED).any():
-        unknown = np.unique(ids[label == _UNDEFINED]).tolist()
-        raise UserError(f"{path} has ids that {dataset} does not define: {', '.join(map(str, unknown[:8]))}"
-                        f"{', ...' if len(unknown) > 8 else ''}")
+        from common import checks  # only to say what is wrong
+        raise checks.undefined_ids(path, dataset, classes, np.unique(ids[label == _UNDEFINED]).tolist())
     return torch.from_numpy(label)
 
 
-def _read_ids(path: str | Path) -> np.ndarray:
-    """An 8-bit PNG with one channel as uint8 (H,W); of a palette PNG the indices: `convert` would give its colours."""
+def read_ids(path: str | Path, dataset: str, classes: ClassList) -> tuple[np.ndarray, np.ndarray, str]:
+    """A label file's ids (H,W), the table (256,) from them to class indices, and how a palette is understood.
+
+    GTA5's ids are palette indices, Cityscapes' and Cross-City's grey values, SYNTHIA's the first channel of 16-bit RGB. But
+    programs that shrink PNGs make palettes too, or reorder them: the colours decide.
+    """
+    table = _index_table(dataset, classes)
+    if dataset == "synthia" and not classes.ids:
+        return _read_synthia_ids(path), table, ""
     with _content(path) as content, Image.open(io.BytesIO(content)) as file:
-        if file.mode not in ("L", "P"):
-            raise UserError(f"{path} must be an 8-bit PNG with one channel, but Pillow calls it {file.mode}")
-        return np.array(file)
+        if dataset == "synthia" and file.tile[0][3] == "RGB;16B":
+            return _read_synthia_ids(path), table, ""
+        ids = _one_channel(path, file)
+        if file.mode != "P":
+            return ids, table, ""
+        used = np.flatnonzero(file.histogram()).tolist()
+        palette = bytes(file.getpalette("RGB")).ljust(768, b"\0")
+    colors = {i: tuple(palette[3 * i:3 * i + 3]) for i in used}
+    meaning = dict.fromkeys([*zip(*[iter(_VOID)] * 3), *(row[1] for row in _CLASSES)], IGNORE)
+    meaning |= {color: index for index, color in enumerate(classes.colors)}
+    plain = all(meaning.get(color) == table[i] or (i, color) in _TWINS for i, color in colors.items())
+    if all(r == g == b for r, g, b in colors.values()) and not (plain and dataset == "gta5"):
+        return np.frombuffer(palette[::3], np.uint8)[ids], table, "the palette's greys are the ids"
+    if not plain and meaning.keys() >= set(colors.values()):
+        return ids, np.array([meaning.get(tuple(palette[3 * i:3 * i + 3]), IGNORE) for i in range(256)], np.uint8), BY_COLOR
+    return ids, table, "" if plain else "the palette's indices are the ids, its colours are not the classes'"
+
+
+def _one_channel(path: str | Path, file: Image.Image) -> np.ndarray:
+    """The pixels of an 8-bit PNG with one channel as uint8 (H,W); of a palette PNG the indices."""
+    if file.mode not in ("1", "L", "P"):                         # 1: black and white only, as a shrunk label may be
+        raise UserError(f"{path} must be an 8-bit PNG with one channel, but Pillow calls it {file.mode}"
+                        + ": colours are no ids, take the files that hold ids" * file.mode.startswith("RGB"))
+    return np.array(file.convert("L") if file.mode == "1" else file)
 
 
 def _read_synthia_ids(path: str | Path) -> np.ndarray:
@@ -236,7 +202,7 @@ def _read_synthia_ids(path: str | Path) -> np.ndarray:
     with _content(path) as content, Image.open(io.BytesIO(content)) as file:
         if file.tile[0][3] != "RGB;16B":
             raise UserError(f"{path} must be a 16-bit RGB PNG as SYNTHIA's labels are, and Pillow calls it {file.tile[0][3]}: "
-                            "copies made by most image programs have lost the ids")
+                            "copies made by most image programs have lost the ids; grey train ids: --label-ids source-train")
         file.load_prepare()
         rows = zlib.decompress(b"".join(iter(lambda: file.load_read(2**20), b"")))
         if len(rows) != file.height * (1 + 6 * file.width) or max(rows[::1 + 6 * file.width]) > 4:
@@ -284,8 +250,8 @@ class SegmentationDataset(Dataset):
         maps: folders with one 8-bit one-channel PNG `<folder>/<name>.png` per image, of the size that images have here.
         transform: called with (image float32 (3,H,W) in [0,1], seed, name) after the resize of a training item, before its
             augmentation; returns an image of the same kind.
-    Raises: UserError naming the file, see `read_image` and `read_label`, for a missing map, and for a label of another size
-        than its image; only GTA5 has a few such pairs: a warning names them, the label is resized.
+    Raises: UserError naming the file, see `read_image` and `read_label`, for a missing map, and for a label whose proportions
+        differ by more than 2 percent from its image's; of another size, a training label is resized (nearest).
     """
 
     def __init__(self, pairs: Sequence[Pair], dataset: str, classes: ClassList, size: Size | None,
@@ -315,14 +281,16 @@ class SegmentationDataset(Dataset):
         threads = torch.get_num_threads()    # one, as in worker processes: a sum's last bits depend on how many share it
         torch.set_num_threads(1)
         try:
-            return self._item(*key) if isinstance(key, tuple) else self._item(key, None)
+            return self.item(*key) if isinstance(key, tuple) else self.item(key)
         finally:
             torch.set_num_threads(threads)
 
-    def _item(self, index: int, seed: int | None) -> tuple:
+    def item(self, index: int, seed: int | None = None) -> tuple:
         pair = self.pairs[index]
         image = read_image(pair.image)
         label = None if pair.label is None else self._read_label(pair, image.shape[1:])
+        if label is not None and seed is not None:
+            label = _nearest(label, image.shape[1:])
         image = resize(image, self.size)                         # as uint8, which is several times faster
         shape = image.shape[1:]
         label = torch.full(shape, IGNORE, dtype=torch.uint8) if label is None else label
@@ -336,13 +304,11 @@ class SegmentationDataset(Dataset):
 
     def _read_label(self, pair: Pair, shape: torch.Size) -> Tensor:
         label = read_label(pair.label, self.dataset, self.classes)
-        if label.shape == shape:
-            return label
-        message = f"{pair.label} is {label.shape[1]}x{label.shape[0]}, its image {pair.image} {shape[1]}x{shape[0]}"
-        if self.dataset != "gta5":
-            raise UserError(message)
-        warnings.warn(f"{message}: the label is resized", stacklevel=2)
-        return _nearest(label, shape)
+        (h, w), (height, width) = label.shape, shape
+        if abs(h * width / (w * height) - 1) > 0.02:
+            raise UserError(f"{pair.label} is {w}x{h}, its image {pair.image} {width}x{height}: labels of another size need "
+                            "their image's proportions; restore this pair, or leave it out")
+        return label
 
     def _augment(self, image: Tensor, masks: Tensor, seed: int, name: str) -> tuple[Tensor, Tensor]:
         """image uint8 (3,H,W) -> float32 in [0,1], masks (M,H,W) moved with it."""
@@ -361,7 +327,8 @@ class SegmentationDataset(Dataset):
 
 def read_map(path: Path, shape: Sequence[int]) -> Tensor:
     """Read a per-image map, uint8 (H,W). Raises UserError naming a file that is damaged or of another size than its image."""
-    values = torch.from_numpy(_read_ids(path))
+    with _content(path) as content, Image.open(io.BytesIO(content)) as file:
+        values = torch.from_numpy(_one_channel(path, file))
     if values.shape != shape:
         own, wanted = Size(*values.shape[::-1]), Size(*shape[::-1])
         raise UserError(f"{path} is {own}, its image {wanted}: delete the run's folder, or give this run another --tag")
@@ -422,6 +389,9 @@ def sweep_loader(dataset: Dataset, workers: int = 0, pin: bool = False, rank: in
 def _leave_signals_to_the_parent(worker: int) -> None:
     """Ctrl-C and `timeout` signal a whole process group, schedulers every process. The parent, which stops cleanly, needs its
     workers for the iteration under way: they leave its group, and the first SIGTERM ends them only half a minute later."""
+    if not hasattr(os, "setpgid"):                               # Windows has no such groups
+        return
+
     def wait(number, frame):
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         signal.alarm(30)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import struct
 import zlib
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from PIL import Image
 
 from common.cli import Size, command
 from common.data import (
+    BY_COLOR,
     IMAGENET_MEAN,
     IMAGENET_STD,
     Augment,
@@ -21,8 +23,8 @@ from common.data import (
     batch_order,
     class_list,
     derive_seed,
-    find_pairs,
     fixed_version,
+    read_ids,
     read_image,
     read_label,
     read_resized,
@@ -31,6 +33,7 @@ from common.data import (
     training_loader,
 )
 from common.files import UserError
+from common.layouts import find_pairs
 
 GTA, SYN = class_list("gta5"), class_list("synthia")
 # Worked out by hand from the datasets' id lists: Cityscapes id -> class index with 19 and with 16 classes, and
@@ -110,7 +113,7 @@ def test_undefined_ids_are_named(tmp_path, dataset, ids, named):
     pixels = np.array([ids], np.uint16 if dataset == "synthia" else np.uint8)
     path = write_png(tmp_path / "x.png", np.stack([pixels] * 3, -1) if dataset == "synthia" else pixels,
                      2 if dataset == "synthia" else 0)
-    with pytest.raises(UserError, match=rf"x.png has ids that {dataset} does not define: {named}$"):
+    with pytest.raises(UserError, match=rf"x.png has ids that {dataset} does not define: {named}; put"):
         read_label(path, dataset, SYN)
 
 
@@ -216,39 +219,156 @@ def test_find_pairs_in_each_layout(tmp_path):
 
 def test_what_is_missing_is_named(tmp_path):
     touch(tmp_path, "gta5/images/1.png", "gta5/images/2.png", "gta5/labels/1.png")
-    with pytest.raises(UserError, match=r"gta5/labels/2.png is missing$"):
+    with pytest.raises(UserError, match=r"gta5/labels/2.png is missing .found there: 1.png.; add it, or remove the image$"):
         find_pairs(tmp_path, "gta5")
     touch(tmp_path, "gta5/labels/2.png", "gta5/labels/3.png")
-    with pytest.raises(UserError, match=r"gta5/images/3.png is missing$"):
+    with pytest.raises(UserError, match=r"gta5/images/3.png is missing .found there: 1.png, 2.png.; add it, or remove"):
         find_pairs(tmp_path, "gta5")
     touch(tmp_path, "gta5/images/3.png", "other/1.png", "other/2.png")
-    with pytest.raises(UserError, match=r"other/3.png is missing$"):
+    with pytest.raises(UserError, match=r"other/3.png is missing; translate it too$"):
         find_pairs(tmp_path, "gta5", images=tmp_path / "other")
     touch(tmp_path, "cityscapes/leftImg8bit/train/ulm/a_leftImg8bit.png")
     with pytest.raises(UserError) as error:
         find_pairs(tmp_path, "cityscapes")
     assert f"{tmp_path}/cityscapes/gtFine/train has no cityscapes files" in str(error.value)
     assert "gtFine/train/aachen/aachen_000000_000019_gtFine_labelIds.png" in str(error.value)
-    assert str(error.value).endswith(f"found in {tmp_path}/cityscapes: leftImg8bit/")
+    assert str(error.value).endswith(f"found in {tmp_path}/cityscapes: leftImg8bit/train/ulm/a_leftImg8bit.png")
     with pytest.raises(UserError, match="no dataset 'gta5' with a split 'val': choose one of gta5 .train., synthia"):
         find_pairs(tmp_path, "gta5", "val")
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="found in .*/empty: nothing"):
         find_pairs(tmp_path / "empty", "synthia")
     touch(tmp_path, "crosscity/Rio/Images/Train/a.png", "crosscity/Rio/Images/Train/a.jpg")
-    with pytest.raises(UserError, match="same name"):
+    with pytest.raises(UserError, match="a.jpg, a.png in .*/Rio/Images/Train have the same name 'a': keep one per image"):
         find_pairs(tmp_path, "crosscity", city="Rio")
 
 
-def test_only_gta5_labels_may_differ_in_size_from_their_image(tmp_path):
+def test_labels_of_another_size_than_their_image(tmp_path):
+    """In training they are resized to it, in evaluation they keep their own size; the proportions must fit within 2 percent."""
     image = write_png(tmp_path / "image.png", noise(4, 6), 2)
     label = write_png(tmp_path / "label.png", np.array([[7, 8, 11], [12, 13, 17]], np.uint8), 0)
-    pair = Pair(image, label, "image")
-    with pytest.warns(UserWarning, match=r"label.png is 3x2, its image .*image.png 6x4"):
-        resized = SegmentationDataset([pair], "gta5", GTA, None)[0][1]
-    assert resized.tolist() == [[0, 0, 1, 1, 2, 2]] * 2 + [[3, 3, 4, 4, 5, 5]] * 2
-    with pytest.raises(UserError, match=r"label.png is 3x2, its image .*image.png 6x4"):
-        SegmentationDataset([pair], "cityscapes", GTA, None)[0]
+    for dataset in ("gta5", "cityscapes", "crosscity"):
+        images = SegmentationDataset([Pair(image, label, "image")], dataset, GTA, None)
+        assert images[0, 5][1].tolist() == [[0, 0, 1, 1, 2, 2]] * 2 + [[3, 3, 4, 4, 5, 5]] * 2
+        assert images[0][1].tolist() == [[0, 1, 2], [3, 4, 5]]
+    for shape, fits in (((100, 151), True), ((100, 154), False), ((100, 148), True), ((6, 4), False)):
+        write_png(label, np.full(shape, 7, np.uint8), 0)
+        images = SegmentationDataset([Pair(image, label, "image")], "cityscapes", GTA, None)
+        if fits:
+            assert images[0, 5][1].shape == (4, 6) and images[0][1].shape == shape
+        else:
+            with pytest.raises(UserError, match=rf"label.png is {shape[1]}x{shape[0]}, its image .*image.png 6x4: .*restore"):
+                images[0]
+
+
+CITYSCAPES_COLORS = {0: (0, 0, 0), 4: (20, 20, 20), 5: (111, 74, 0), 7: (128, 64, 128), 11: (70, 70, 70), 17: (153, 153, 153),
+                     18: (153, 153, 153), 21: (107, 142, 35), 22: (152, 251, 152), 23: (70, 130, 180), 26: (0, 0, 142),
+                     34: (0, 0, 142)}                            # of ids; 18 and 34 are GTA5's, without a class
+
+
+def palette_png(path, ids: np.ndarray, entries: dict[int, int], colors):
+    """A palette PNG that shows `ids`: entries: id -> its index in the palette; colors: id -> its colour."""
+    palette = np.zeros((256, 3), np.uint8)
+    for i, index in entries.items():
+        palette[index] = colors[i]
+    return write_png(path, np.vectorize(entries.get)(ids).astype(np.uint8), 3, palette[:max(entries.values()) + 1].tobytes())
+
+
+@pytest.mark.parametrize("classes, table", [(GTA, CITY_19), (SYN, CITY_16)])
+def test_a_palettes_content_decides_what_its_indices_mean(tmp_path, classes, table):
+    ids = np.array([[0, 4, 5, 7, 11], [17, 21, 22, 23, 26]])
+    expected = [[table.get(i, 255) for i in row] for row in ids.tolist()]
+    plain, order = {i: i for i in CITYSCAPES_COLORS}, {i: k for k, i in enumerate([26, 7, 0, 4, 5, 11, 17, 21, 22, 23])}
+
+    def read(dataset, *how):
+        path = palette_png(tmp_path / "x.png", *how)
+        return read_label(path, dataset, classes).tolist(), read_ids(path, dataset, classes)[2]
+
+    greys = {i: (i, i, i) for i in range(256)}
+    assert read("gta5", ids, plain, CITYSCAPES_COLORS) == (expected, "")
+    for dataset in ("gta5", "cityscapes", "crosscity"):          # as optimisers write them: sorted by something else
+        assert read(dataset, ids, order, CITYSCAPES_COLORS) == (expected, BY_COLOR)
+        assert read(dataset, ids, order, greys)[0] == expected
+        assert read(dataset, ids, plain, greys)[0] == expected
+        others = {i: (9 * i % 256, 255 - i, 7 * i) for i in range(35)}
+        labels, way = read(dataset, ids, plain, others)
+        assert labels == expected and "indices are the ids" in way
+    # GTA5's 18 and 34 have no class, though they have the colours of pole and car; a palette of greys may be GTA5's own.
+    assert read("gta5", np.array([[18, 34, 26, 17]]), plain, CITYSCAPES_COLORS) == ([[255, 255, table[26], table[17]]], "")
+    assert read("gta5", np.array([[0, 4, 11]]), plain, CITYSCAPES_COLORS) == ([[255, 255, 2]], "")
+    # ids 0 and 20 by greys, of which 20 is the colour of another id
+    assert read("cityscapes", np.array([[0, 20]]), {0: 0, 20: 1}, greys)[0] == [[255, table[20]]]
+    with pytest.raises(UserError, match="x.png has ids that cityscapes does not define: 200;"):
+        read("cityscapes", np.array([[200]]), {200: 3}, greys)
+    with pytest.raises(UserError, match="x.png has ids that cityscapes does not define: 40;"):
+        read("cityscapes", np.array([[7]]), {7: 40}, {7: (1, 2, 3)})
+
+
+def test_black_and_white_labels_are_8_bit_ones_that_were_shrunk(tmp_path):
+    pixels = np.array([[0, 255, 0], [0, 0, 255]], np.uint8)
+    Image.fromarray(pixels).convert("1").save(tmp_path / "x.png")
+    ids, _, way = read_ids(tmp_path / "x.png", "cityscapes", GTA)
+    assert ids.tolist() == pixels.tolist() and way == "" and (read_label(tmp_path / "x.png", "cityscapes", GTA) == 255).all()
+
+
+def test_train_ids_are_read_by_classes_that_say_so(tmp_path):
+    train = np.array([[*range(19), 255]], np.uint8)
+    nineteen = replace(GTA, ids={k: k for k in range(19)})
+    sixteen = replace(SYN, ids=dict.fromkeys(range(19), 255) | {t: k for k, t in enumerate(SYN.train_ids)})
+    path = write_png(tmp_path / "x.png", train, 0)
+    for dataset in ("gta5", "cityscapes", "synthia"):
+        assert read_label(path, dataset, nineteen)[0].tolist() == [*range(19), 255]
+        assert read_label(path, dataset, sixteen)[0].tolist() == [*range(9), 255, 9, 10, 11, 12, 255, 13, 255, 14, 15, 255]
+    write_png(path, np.array([[0, 19, 33]], np.uint8), 0)
+    with pytest.raises(UserError, match="x.png has ids that gta5 does not define: 19, 33; train ids go to 18: leave"):
+        read_label(path, "gta5", nineteen)
+
+
+def test_what_other_programs_and_sets_leave_beside_the_labels(tmp_path):
+    touch(tmp_path, *(f"gta5/{name}" for name in ("images/00001.jpg", "images/00002.PNG", "images/00003.jpeg")),
+          *(f"gta5/labels/0000{k}{end}.png" for k in (1, 2, 3) for end in ("", "_labelTrainIds", "_color", "_instanceIds")))
+    assert [p.label.name for p in find_pairs(tmp_path, "gta5")] == ["00001.png", "00002.png", "00003.png"]
+    assert [p.image.name for p in find_pairs(tmp_path, "gta5")] == ["00001.jpg", "00002.PNG", "00003.jpeg"]
+    train = find_pairs(tmp_path, "gta5", train_ids=True)
+    assert [(p.name, p.label.name) for p in train] == [(f"0000{k}", f"0000{k}_labelTrainIds.png") for k in (1, 2, 3)]
+    (tmp_path / "gta5/labels/00002_labelTrainIds.png").unlink()
+    with pytest.raises(UserError, match=r"00002.PNG has no label: .* is missing .found there: 00002.png, 00002_color.png, "):
+        find_pairs(tmp_path, "gta5", train_ids=True)
+
+    stem, end = "ulm/ulm_000000_000019", "_leftImg8bit_foggy_beta_0.02.png"
+    touch(tmp_path, f"cityscapes/leftImg8bit_foggy/val/{stem}{end}",
+          *(f"cityscapes/gtFine/val/{stem}_gtFine_{kind}.png" for kind in ("labelIds", "labelTrainIds", "color")))
+    for train_ids, kind in ((False, "labelIds"), (True, "labelTrainIds")):
+        pair = find_pairs(tmp_path, "cityscapes", "val", train_ids=train_ids)[0]
+        assert (pair.name, pair.image.name) == (stem, f"ulm_000000_000019{end}") and pair.label.name.endswith(f"_{kind}.png")
+    touch(tmp_path, f"cityscapes/leftImg8bit_foggy/val/{stem}_leftImg8bit_foggy_beta_0.01.png")
+    with pytest.raises(UserError, match=r"foggy_beta_0.01.png, ulm_.*_foggy_beta_0.02.png in .* keep one"):
+        find_pairs(tmp_path, "cityscapes", "val")
+    touch(tmp_path, "acdc/cityscapes/leftImg8bit/val/a/b_rgb_anon.png", "acdc/cityscapes/gtFine/val/a/b_gt_labelIds.png")
+    assert find_pairs(tmp_path / "acdc", "cityscapes", "val")[0].name == "a/b"
+
+
+def test_an_own_set_lies_at_any_depth_and_behind_links(tmp_path):
+    touch(tmp_path, "real/images/val/x/y/1.jpg", "real/labels/val/x/y/1.png", "real/images/val/2_color.png",
+          "real/labels/val/2_color.png", "real/labels/val/2_color_color.png")
+    (tmp_path / "linked").mkdir()
+    for kind in ("images", "labels"):
+        (tmp_path / "linked" / kind).symlink_to(tmp_path / "real" / kind, target_is_directory=True)
+    pairs = find_pairs(tmp_path, "linked", "val", own=True)
+    assert [(p.name, p.label.name) for p in pairs] == [("2_color", "2_color.png"), ("x/y/1", "1.png")]
+    touch(tmp_path, "real/labels/val/x/y/3.png")
+    with pytest.raises(UserError, match=r"labels/val/x/y/3.png has no image: .*images/val/x/y/3.png is missing"):
+        find_pairs(tmp_path, "linked", "val", own=True)
+
+
+def test_a_set_without_labels_is_no_error_where_none_are_needed(tmp_path):
+    touch(tmp_path, "cityscapes/leftImg8bit/val/ulm/a_leftImg8bit.png")
+    assert find_pairs(tmp_path, "cityscapes", "val", unlabelled=True)[0].label is None
+    with pytest.raises(UserError, match="gtFine/val has no cityscapes files"):
+        find_pairs(tmp_path, "cityscapes", "val")
+    touch(tmp_path, "cityscapes/gtFine/val/ulm/a_gtFine_polygons.json")      # somebody meant labels to be there
+    with pytest.raises(UserError, match=r"found in .*gtFine/val: ulm/a_gtFine_polygons.json$"):
+        find_pairs(tmp_path, "cityscapes", "val", unlabelled=True)
 
 
 def test_evaluation_items_keep_the_labels_resolution(tmp_path):

@@ -1,0 +1,94 @@
+"""What is looked at once, before a run trains or evaluates: whether labels and weights are what they are taken for."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from torch import nn
+
+from common.data import BY_COLOR, IGNORE, ClassList, SegmentationDataset, read_ids, read_label
+from common.files import UserError
+
+SAMPLE = 8                                                       # labels of each data set, spread over it
+ENOUGH = 100_000                                                 # pixels among which an id above 18 is to be expected
+
+
+def inspect(sets: list[tuple[str, str, SegmentationDataset]]) -> None:
+    """Read a pair of every data set as training (split "train") or evaluation does, and a sample of its labels; print what the
+    sample holds, one line per set, and once which sets have labels of another size than their images.
+
+    Args: sets: (domain, split, data set) of all that the run reads.
+    Raises: UserError for what cannot be read, labels without any class, and labels that hold train ids where ids belong."""
+    lines, resized = {}, {}
+    for domain, split, images in sets:
+        images.item(0, 0 if split == "train" else None)
+        what, labelled = f"{domain} {images.dataset} {split}", [pair for pair in images.pairs if pair.label]
+        if (what, bool(labelled)) in lines:
+            continue
+        text = "no labels" if split == "train" else "no labels: there is nothing to evaluate"
+        if labelled:
+            sample = [labelled[k] for k in np.unique(np.linspace(0, len(labelled) - 1, SAMPLE).round().astype(int))]
+            text = _sample(what, sample, images)
+            for pair in sample:
+                with Image.open(pair.image) as image, Image.open(pair.label) as label:
+                    if image.size != label.size:
+                        resized[what] = f"{what} ({pair.label.name} {label.width}x{label.height}, {image.width}x{image.height})"
+        lines[what, bool(labelled)] = text
+        print(f"{what}: {len(images)} images, {text}", flush=True)
+    if resized:
+        print(f"labels of another size than their images, resized in training (nearest): {', '.join(resized.values())}")
+
+
+def _sample(what: str, sample: list, images: SegmentationDataset) -> str:
+    """The classes' shares of the pixels in a sample of labels, in words. Raises: as `inspect`."""
+    counts, ids, ways = np.zeros(256, np.int64), np.zeros(256, np.int64), {}
+    for pair in sample:
+        counts += np.bincount(read_label(pair.label, images.dataset, images.classes).flatten(), minlength=256)
+        stored, _, way = read_ids(pair.label, images.dataset, images.classes)
+        ids += np.bincount(stored.flatten(), minlength=256)
+        ways[way] = pair.label.name
+    found, total = np.flatnonzero(ids).tolist(), int(counts.sum())
+    if not counts[:IGNORE].any():
+        raise UserError(f"{what}: no pixel of {len(sample)} labels has a class, their ids are {_some(found)} (the first is "
+                        f"{sample[0].label}): put the labels with ids there, or say by --label-ids or --classes what they hold"
+                        + ", or remove them, and nothing is evaluated" * (what.split()[-1] == "val"))
+    by_id = images.dataset in ("gta5", "cityscapes", "crosscity") and not images.classes.ids and not ways.keys() & {BY_COLOR}
+    if by_id and total >= ENOUGH and max(number for number in found if number < IGNORE) <= 18:
+        raise UserError(f"{what}: {len(sample)} labels have ids up to 18 only ({_some(found)}; the first is {sample[0].label}) "
+                        f"and look like train ids, as ids go to 33: add --label-ids {what.split()[0]}-train, or train if all "
+                        "labels are such")
+    shares = sorted(zip(counts.tolist(), images.classes.names, strict=False), reverse=True)
+    text = ", ".join(f"{name} {100 * count / total:.1f}" for count, name in shares if count)
+    decided = "".join(f"; {way} (as in {name})" for way, name in ways.items() if way)
+    return f"% in {len(sample)} labels: {text}, no class {100 * counts[IGNORE] / total:.1f}{decided}"
+
+
+def undefined_ids(path: str | Path, dataset: str, classes: ClassList, unknown: list[int]) -> UserError:
+    """The error for ids in a label file that are not defined."""
+    way = "; put the right label there, or leave the pair out"
+    if classes.ids and classes.stuff is None:
+        way = "; train ids go to 18: leave --label-ids out, or give it for one domain only (source-train, target-train)"
+    elif classes.ids:
+        way = '; add them to "ids" or "ignore" of the --classes file'
+    return UserError(f"{path} has ids that {dataset} does not define: {_some(unknown)}{way}")
+
+
+def _some(ids: list[int]) -> str:
+    return ", ".join(map(str, ids[:8])) + ", ..." * (len(ids) > 8)
+
+
+def finite(model: nn.Module, path: str | Path) -> None:
+    """Refuse weights that are not finite; path: where they come from."""
+    bad = [name for name, x in model.state_dict().items() if x.is_floating_point() and not x.isfinite().all()]
+    if bad:
+        raise UserError(f"{path}: its weights are not finite ({bad[0]}{f' and {len(bad) - 1} more' * (len(bad) > 1)}): "
+                        "take a checkpoint from before the training broke")
+
+
+def identity(dataset: SegmentationDataset) -> dict:
+    """What tells two data sets apart: the number of images, and a hash of their names."""
+    names = "\n".join(pair.name for pair in dataset.pairs).encode()
+    return {"images": len(dataset.pairs), "names": hashlib.blake2b(names, digest_size=8).hexdigest()}

@@ -43,7 +43,7 @@ def read(*argv: str, toy=None):
 
 def test_defaults_and_values():
     cfg, options = read()
-    assert cfg == Config() and options.command.endswith(" x.py")
+    assert cfg == Config() and options.command.endswith("/x.py")
     cfg, options = read("--rate", "1e-1", "--crop", "12x7", "--scales", "0.5", "1", "3", "--no-fine", "--from", "a b.pt")
     assert (cfg.rate, cfg.crop, cfg.scales, cfg.fine, cfg.from_) == (0.1, Size(12, 7), (0.5, 1.0, 3.0), False, "a b.pt")
     assert options.command.endswith("--from 'a b.pt'")           # can be pasted into a shell

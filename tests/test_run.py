@@ -22,7 +22,7 @@ from common.data import Augment, SegmentationDataset, class_list, find_pairs
 from common.files import UserError, load, write_atomically
 from common.run import Options, Run
 
-STAGES = ("first", "second")
+STAGES = {"first": 10, "second": 10}
 
 
 @dataclass
@@ -92,7 +92,7 @@ def test_stopped_and_resumed_equals_undisturbed(make, stop, number, capsys):
     handler = signal.getsignal(number)
     with pytest.raises(SystemExit) as stopped:
         train(run, state, dataset, at=lambda it, loss: (it == stop and os.kill(os.getpid(), number), loss)[1])
-    assert stopped.value.code == 0 and "resume with: " in capsys.readouterr().out
+    assert stopped.value.code == 128 + number and "resume with: " in capsys.readouterr().out
     assert signal.getsignal(number) is handler
     torch.manual_seed(99)                                        # whatever happened in between
     run, state, dataset = make()
@@ -195,11 +195,11 @@ def test_a_published_network_has_finished_the_first_stage_of_a_run_that_has_no_o
     torch.save(head, tmp_path / "x.pth")
     options = Options(data=str(city), runs=str(tmp_path), from_=str(tmp_path / "x.pth"))
     with pytest.raises(UserError, match="x.pth finished 'only' of x.py, and no stage of this run follows: add --stage only"):
-        Run("x", Config(), options, ("only",))
+        Run("x", Config(), options, {"only": 1})
 
 
 @pytest.mark.parametrize("options, words", [
-    ({"source": "cityscapes"}, "--source and --target are both cityscapes; add --target crosscity --city Rome"),
+    ({"source": "cityscapes"}, "--source and --target are both cityscapes: add --target-data FOLDER"),
     ({"crop": Size(65, 32)}, "--crop 65x32 is larger than the images .64x32.; choose a smaller crop"),
     ({"export": "x.json"}, "--export x.json is the name of the JSON file beside the weights"),
     ({"target_labels": True}, "--target-labels trains an upper bound, nothing is adapted from it: add --stage first"),
@@ -265,15 +265,15 @@ def test_images_have_the_sizes_of_flags_or_script_and_translated_sources(tmp_pat
     options = Options(data=str(city), runs=str(tmp_path), target_size=Size(32, 16), source_images=str(city / "synthia/RGB"))
     run = Run("x", Config(), options, STAGES, {"gta5": Size(48, 24), "cityscapes": Size(48, 24)})
     with pytest.raises(UserError, match="has no counterpart"):   # SYNTHIA's names differ
-        run.images("gta5", "train")
-    target = run.images("cityscapes", "val")
+        run.images("source", "train")
+    target = run.images("target", "val")
     assert target[0][0].shape == (3, 16, 32) and target[0][1].shape == (32, 64) and len(target) == 3
-    assert run.images("cityscapes", "val", size=Size(40, 20))[0][0].shape == (3, 20, 40)
+    assert run.images("target", "val", size=Size(40, 20))[0][0].shape == (3, 20, 40)
     options.source_images = None
-    source = run.images("gta5", "train", augment=Augment(crop=Size(20, 10)), transform=lambda image, seed, name: 0 * image)
+    source = run.images("source", "train", augment=Augment(crop=Size(20, 10)), transform=lambda image, seed, name: 0 * image)
     image, label, _ = source[0, 1]
     assert image.shape == (3, 10, 20) and label.shape == (10, 20) and len(image.unique()) == 3    # black, in three channels
-    assert run.images("cityscapes", "train", labels=False)[0][1].unique().tolist() == [255]
+    assert run.images("target", "train", labels=False)[0][1].unique().tolist() == [255]
 
 
 def test_what_a_stage_computes_before_it_trains_is_computed_once(make):
@@ -305,7 +305,7 @@ def test_what_a_stage_computes_before_it_trains_is_computed_once(make):
 
 def test_a_stage_is_pending_until_it_is_evaluated_and_says_when_it_is_finished(make, capsys):
     run, state, dataset = make()
-    test = run.images("cityscapes", "val")
+    test = run.images("target", "val")
     train(run, state, dataset)
     assert run.pending("first")                                  # its results are missing
     run.evaluate("first", state["model"], test, {"single-scale": {}, "flip": {"flip": True}})
@@ -392,12 +392,14 @@ def test_sigterm_to_all_processes_stops_cleanly(city, tmp_path):
             "--backbone", "resnet18", "--source-size", "64x32", "--target-size", "64x32", "--batch-size", "2",
             "--log-every", "1", "--source-iterations", "100000"]
     process = subprocess.Popen(line, cwd=root, stdout=subprocess.PIPE, text=True, start_new_session=True)
-    printed = [next(process.stdout) for _ in range(3)]
+    printed = ""
+    while "source 3/" not in printed:
+        printed += next(process.stdout)
     for pid in children(process.pid):
         os.kill(pid, signal.SIGTERM)
     os.killpg(process.pid, signal.SIGTERM)
     rest, _ = process.communicate(timeout=60)
-    assert process.returncode == 0 and "resume with: " in rest, "".join(printed) + rest
+    assert process.returncode == 128 + signal.SIGTERM and "resume with: " in rest, printed + rest
     assert load(tmp_path / "fada-gta5/last.pt")["iteration"] >= 3
 
 
@@ -438,7 +440,7 @@ def test_state_must_fit(make):
 
 def test_an_evaluation_writes_results_picture_log_and_export(make, tmp_path, capsys):
     run, state, dataset = make()
-    test = run.images("cityscapes", "val")
+    test = run.images("target", "val")
     train(run, state, dataset)
     tests = {"single-scale": {}, "flip": {"flip": True}}
     run.evaluate("first", state["model"], test, tests)
@@ -472,7 +474,7 @@ def miou_lines(run) -> list[tuple]:
 def watched(make, **options):
     """A run with its evaluation, also every five iterations; `evaluate` does it at the end."""
     run, state, dataset = make(eval_every=5, **options)
-    test = run.images("cityscapes", "val")
+    test = run.images("target", "val")
     run.watch(state["model"], test)
     return run, state, dataset, lambda: run.evaluate("first", state["model"], test, {"single-scale": {}})
 

@@ -83,7 +83,7 @@ def test_end_to_end_and_resumed_in_every_stage(script, city, tmp_path, monkeypat
         monkeypatch.setattr(Run, "report", report)
         with pytest.raises(SystemExit) as stop:
             module.main(arguments(script, city, tmp_path, "--tag", "stopped"))
-        assert stop.value.code == 0
+        assert stop.value.code == 128 + signal.SIGTERM
         monkeypatch.undo()
         assert torch.load(stopped / "last.pt", weights_only=True)["stage"] == stage
         module.main(arguments(script, city, tmp_path, "--tag", "stopped"))

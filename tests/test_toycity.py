@@ -1,13 +1,17 @@
 """The toy city: the same every time, and readable as the real data sets are."""
 
+import itertools
 import json
+import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from PIL import Image
 from torchvision.io import ImageReadMode, decode_image
 
-from common import toycity
+import fada
+from common import files, toycity
 from common.cli import Size
 from common.files import UserError
 
@@ -129,7 +133,7 @@ def test_ensure_renders_once_and_completes_an_interrupted_rendering(tmp_path, mo
     monkeypatch.setattr(toycity, "draw", interrupted)
     with pytest.raises(KeyboardInterrupt):
         toycity.ensure(tmp_path, **arguments)
-    assert not (tmp_path / "toycity.json").exists()
+    assert json.loads((tmp_path / "toycity.json").read_text())["complete"] is False
     monkeypatch.setattr(toycity, "draw", draw)
     toycity.ensure(tmp_path, **arguments)
     assert json.loads((tmp_path / "toycity.json").read_text())["size"] == "64x32"
@@ -149,12 +153,6 @@ def test_ensure_refuses_another_city(tmp_path, marker):
 
 
 def test_render_refuses_what_cannot_be(tmp_path, capsys):
-    real = tmp_path / "gta5" / "images" / "24966.png"
-    real.parent.mkdir(parents=True)
-    real.write_bytes(b"precious")
-    with pytest.raises(UserError, match="24966.png is not of this toy city"):
-        toycity.render(tmp_path, train=1, val=1, size=SMALL)
-    assert list(contents(tmp_path)) == ["gta5/images/24966.png"]
     for flags in (["--train", "0"], ["--size", "8x8"], ["--seed", "-1"]):
         with pytest.raises(SystemExit) as stop:
             toycity.main([str(tmp_path / "new"), *flags])
@@ -162,3 +160,65 @@ def test_render_refuses_what_cannot_be(tmp_path, capsys):
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="cannot write below"):
         toycity.render(tmp_path / "file", train=1, val=1, size=SMALL)
+
+
+def refused(main, *argv) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main([*map(str, argv)])
+    assert stop.value.code == 2
+
+
+@pytest.fixture
+def real(tmp_path):
+    """GTA5 with the file names that a toy city has too, and Cityscapes."""
+    for name in ("gta5/images/00001.png", "gta5/labels/00001.png", "synthia/RGB/0000000.png",
+                 "cityscapes/leftImg8bit/train/altstadt/altstadt_000000_000019_leftImg8bit.png"):
+        (tmp_path / "real" / name).parent.mkdir(parents=True)
+        (tmp_path / "real" / name).write_bytes(b"precious")
+    yield tmp_path / "real"
+    assert set(contents(tmp_path / "real").values()) == {b"precious"} and len(contents(tmp_path / "real")) == 4
+
+
+def test_a_folder_of_someone_else_is_refused_whatever_its_files_are_called(real, tmp_path, capsys):
+    refused(fada.main, "--toy", "--data", real, "--runs", tmp_path / "runs")
+    refused(toycity.main, real, "--train", 1, "--val", 1, "--size", "64x32")
+    assert capsys.readouterr().err.count("is not empty and has no toycity.json") == 2
+
+
+@pytest.mark.parametrize("marked", [False, True])
+def test_a_toy_city_is_not_written_through_links(real, tmp_path, marked, capsys):
+    """Into folders that lead to real data; with a marker too, as of a city in which a folder was exchanged."""
+    root = tmp_path / "data"
+    root.mkdir()
+    if marked:
+        toycity.render(root, train=1, val=1, size=SMALL)
+        for name in ("gta5", "cityscapes"):
+            shutil.rmtree(root / name)
+    for name in ("gta5", "cityscapes"):
+        (root / name).symlink_to(real / name, target_is_directory=True)
+    refused(toycity.main, root, "--train", 1, "--val", 1, "--size", "64x32")
+    assert ("is a link" if marked else "has no toycity.json") in capsys.readouterr().err
+    if not marked:
+        refused(fada.main, "--toy", "--data", root, "--runs", tmp_path / "runs")
+
+
+def test_a_files_other_name_keeps_its_content(real, tmp_path):
+    """A hard link in a city is replaced, not written through; a file that the city lacks is refused."""
+    root = tmp_path / "data"
+    toycity.render(root, train=1, val=1, size=SMALL)
+    image = root / "gta5/images/00001.png"
+    image.unlink()
+    image.hardlink_to(real / "gta5/images/00001.png")
+    toycity.render(root, train=1, val=1, size=SMALL)
+    assert image.read_bytes() != b"precious"
+    (root / "gta5/images/24966.png").write_bytes(b"precious")
+    with pytest.raises(UserError, match="24966.png is not of this toy city: delete"):
+        toycity.render(root, train=1, val=1, size=SMALL)
+
+
+def test_rendering_shows_how_far_it_is(tmp_path, monkeypatch, capsys):
+    clock = itertools.count(step=20)
+    monkeypatch.setattr(files, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+    toycity.render(tmp_path / "city", train=2, val=1, size=SMALL)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].endswith("city: 7 pictures") and lines[1:3] == ["toy city: picture 2 of 7", "toy city: picture 4 of 7"]

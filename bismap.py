@@ -672,18 +672,18 @@ def main(argv: list[str] | None = None) -> None:
     augment, distilled = Augment(scale=cfg.scale, crop=cfg.crop, jitter=cfg.jitter), cfg.distill * cfg.distill_iterations
     run = Run("bismap", cfg, options, {"warmup": cfg.warmup_iterations + options.target_labels * cfg.selftrain_iterations,
               "selftrain": cfg.selftrain_iterations, "distill1": distilled, "distill2": distilled}, SIZES, cfg.scale[1])
-    test, tests = run.images(options.target, "val"), {"single-scale": {}}
+    test, tests = run.images("target", "val"), {"single-scale": {}}
     model = run.network("v3+")
     run.watch(model, test)
     if options.eval:
         return run.evaluate(run.latest, model, test, tests)
-    target = run.images(options.target, "train", labels=False, augment=augment)
+    target = run.images("target", "train", labels=False, augment=augment)
     maps, transform, encoder = run.folder / "transferability", None, None
     if options.from_ and "selftrain" not in run.selected and not maps.is_dir():
         maps = Path(options.from_).parent / "transferability"
     if cfg.alignment == "gpa" and not options.target_labels:
         transform = partial(align, [pair.image for pair in target.pairs], target.size, options.seed)
-    domain = options.target if options.target_labels else options.source
+    domain = "target" if options.target_labels else "source"
     source = run.images(domain, "train", augment=augment, transform=transform)
     if cfg.stm and "selftrain" in run.selected and not (run.folder / "selftrain-transferability.pt").exists():
         encoder = independent_encoder(run, cfg, model)                                        # refuse it now, not later

@@ -507,15 +507,15 @@ def main(argv: list[str] | None = None) -> None:
     augment = Augment(scale=cfg.scale, crop=cfg.crop)
     run = Run("c2f", cfg, options, {f"step{i}": cfg.step_iterations for i in range(cfg.K + 1)} | {
         "step0": cfg.step0_iterations + options.target_labels * cfg.K * cfg.step_iterations}, largest_scale=cfg.scale[1])
-    test, tests = run.images(options.target, "val"), {"single-scale": {}}
+    test, tests = run.images("target", "val"), {"single-scale": {}}
     model = run.network("v3+")
     run.watch(model, test)
     if options.eval:
         return run.evaluate(run.latest, model, test, tests)
-    target = run.images(options.target, "train", labels=False, augment=augment)
+    target = run.images("target", "train", labels=False, augment=augment)
     aligns = cfg.alignment != "none" and not options.target_labels
     transform = Alignment(cfg, [pair.image for pair in target.pairs], target.size) if aligns else None
-    domain = options.target if options.target_labels else options.source
+    domain = "target" if options.target_labels else "source"
     source = run.images(domain, "train", augment=replace(augment, jitter=cfg.jitter), transform=transform)
     aligned = fixed_version(run.images(domain, "train", transform=transform), derive_seed(options.seed, "centres"))
     if run.pending("step0"):                               # train the upper bound for as many iterations as the adapted model

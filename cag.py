@@ -387,14 +387,14 @@ def main(argv: list[str] | None = None) -> None:
     if len(cfg.scale) != 2 or cfg.scale[0] > cfg.scale[1]:
         raise UserError(f"--scale {' '.join(map(str, cfg.scale))} is no range: give the smallest and the largest factor")
     run = Run("cag", cfg, options, dict.fromkeys(stage_names(cfg)), largest_scale=cfg.scale[1])
-    test, tests = run.images(options.target, "val"), {"single-scale": {}}
+    test, tests = run.images("target", "val"), {"single-scale": {}}
     model = run.network("v3+")
     run.watch(model, test)
     if options.eval:
         return run.evaluate(run.latest, model, test, tests)
     augment = Augment(scale=(cfg.scale[0], cfg.scale[1]), crop=options.crop)
-    source = run.images(options.target if options.target_labels else options.source, "train", augment=augment)
-    target = run.images(options.target, "train", labels=False, augment=augment)
+    source = run.images("target" if options.target_labels else "source", "train", augment=augment)
+    target = run.images("target", "train", labels=False, augment=augment)
     warmup, adapt = (max(1, round(epochs * len(target) / (cfg.batch_size * run.world)))      # iterations
                      for epochs in (cfg.warmup_epochs, cfg.stage_epochs))
     run.lengths = {**dict.fromkeys(run.stages, adapt), "warmup": warmup,

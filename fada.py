@@ -65,14 +65,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common.cli import Size, command, option, parse
-from common.data import IGNORE, Augment, SegmentationDataset, save_label
+from common.data import IGNORE, Augment, SegmentationDataset, Sizes, save_label
 from common.deeplab import at_least_float32, resize_label, upsample
 from common.distributed import labelled_mean, parallel, sum_over_processes
 from common.files import UserError
 from common.metrics import print_table
 from common.run import Options, Run
 
-SIZES = {"gta5": Size(1280, 720), "synthia": Size(1280, 760), "cityscapes": Size(1024, 512), "crosscity": Size(1024, 512)}
+SIZES = Sizes(gta5=Size(1280, 720), synthia=Size(1280, 760), cityscapes=Size(1024, 512), crosscity=Size(1024, 512))
 
 
 @dataclass
@@ -330,8 +330,8 @@ def check(cfg: Config, options: Options, size: Size, crop: Size) -> None:
                         "choose a smaller crop or a larger --distill-size")
     if cfg.batch_size % 2:
         raise UserError(f"--batch-size {cfg.batch_size} is odd, and half of a batch comes from each domain; use an even number")
-    if options.target == "crosscity" and cfg.ccd:
-        raise UserError("Cross-City's training images have no labels: --ccd is for --target cityscapes")
+    if cfg.ccd and options.target in ("crosscity", options.source):
+        raise UserError("--ccd compares two labelled data sets, and Cross-City's training images have no labels")
 
 
 @command
@@ -345,16 +345,16 @@ def main(argv: list[str] | None = None) -> None:
     augment_large = Augment(flip=True, jitter=cfg.jitter, scale=cfg.distill_scale, crop=crop)
     run = Run("fada", cfg, options, {"source": cfg.source_iterations + options.target_labels * cfg.adversarial_iterations,
               "adversarial": cfg.adversarial_iterations, "distill": cfg.distill * cfg.distill_iterations}, SIZES)
-    test, test_large = run.images(options.target, "val"), run.images(options.target, "val", size=large)
+    test, test_large = run.images("target", "val"), run.images("target", "val", size=large)
     single, multi = {"single-scale": {}}, {"multi-scale + flip": {"scales": cfg.test_scales, "flip": True}}
-    analysed = [run.images(domain, "train") for domain in (options.source, options.target) * cfg.ccd]
+    analysed = [run.images(domain, "train") for domain in ("source", "target") * cfg.ccd]
     model = run.network("v2")
     run.watch(model, test)
     if options.eval:
         run.evaluate(run.latest, model, test_large if run.latest == "distill" else test, single | multi)
     else:
-        source = run.images(options.target if options.target_labels else options.source, "train", augment=augment)
-        target = run.images(options.target, "train", labels=False, augment=augment)
+        source = run.images("target" if options.target_labels else "source", "train", augment=augment)
+        target = run.images("target", "train", labels=False, augment=augment)
     if run.pending("source"):                              # train the upper bound for as many iterations as the adapted model
         train(run, cfg, "source", run.lengths["source"], model, source)
         run.evaluate("source", model, test, single)
@@ -363,7 +363,7 @@ def main(argv: list[str] | None = None) -> None:
         run.evaluate("adversarial", model, test, single if cfg.distill else single | multi)
     if run.pending("distill"):
         run.once("distill", "labels", lambda: write_pseudo_labels(run, model, target, run.folder / "pseudo_labels", large))
-        images = run.images(options.target, "train", labels=False, size=large, augment=augment_large)
+        images = run.images("target", "train", labels=False, size=large, augment=augment_large)
         model = student(run, cfg)
         run.watch(model, test_large)
         train(run, cfg, "distill", cfg.distill_iterations, model, images.with_maps(run.folder / "pseudo_labels"))

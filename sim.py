@@ -64,7 +64,7 @@ from scipy import ndimage
 from torch import Tensor, nn
 
 from common.cli import Size, command, option, parse
-from common.data import IGNORE, Augment, SegmentationDataset, save_label
+from common.data import IGNORE, Augment, SegmentationDataset, Sizes, save_label
 from common.deeplab import at_least_float32, resize_label, upsample
 from common.distributed import gather, labelled_mean, parallel, sum_over_processes
 from common.files import UserError
@@ -74,7 +74,7 @@ from common.viz import colorize, denormalise
 
 BINS = 1000                                            # of confidences; 0.9 is an edge of a bin
 STUFF = ("road", "sidewalk", "building", "wall", "fence", "vegetation", "terrain", "sky")    # Sec. 6.2; the rest are things
-SIZES = {"gta5": Size(1280, 720), "synthia": Size(1280, 760), "cityscapes": Size(1024, 512), "crosscity": Size(1024, 512)}
+SIZES = Sizes(gta5=Size(1280, 720), synthia=Size(1280, 760), cityscapes=Size(1024, 512), crosscity=Size(1024, 512))
 
 
 @dataclass
@@ -344,8 +344,8 @@ def augmented_label_map(prediction: Tensor, pseudo_label: Tensor) -> Tensor:
 
 def make_banks(run: Run, cfg: Config, dim: int) -> tuple[FeatureBank, FeatureBank]:
     """Empty banks of stuff, with w places per class, and of things, with z w."""
-    stuff = [k for k, name in enumerate(run.classes.names) if name in STUFF]
-    things = [k for k, name in enumerate(run.classes.names) if name not in STUFF]
+    names = STUFF if run.classes.stuff is None else run.classes.stuff
+    stuff, things = ([k for k, name in enumerate(run.classes.names) if (name in names) is kind] for kind in (True, False))
     return FeatureBank(stuff, cfg.w, dim, run.device), FeatureBank(things, cfg.z * cfg.w, dim, run.device)
 
 
@@ -442,13 +442,13 @@ def main(argv: list[str] | None = None) -> None:
     if options.target_labels:                                                     # an upper bound adapts nothing
         cfg = replace(cfg, lambda_adv=0.0, lambda_ci=0.0)
     run = Run("sim", cfg, options, {"step1": cfg.iterations, "step2": cfg.ssl * cfg.iterations}, SIZES)
-    test, tests = run.images(options.target, "val"), {"single-scale": {}}
+    test, tests = run.images("target", "val"), {"single-scale": {}}
     model = run.network("v2")
     if options.eval:
         return run.evaluate(run.latest, model, test, tests)
     augment = Augment(crop=options.crop)
-    source = run.images(options.target if options.target_labels else options.source, "train", augment=augment)
-    target = run.images(options.target, "train", labels=False, augment=augment)
+    source = run.images("target" if options.target_labels else "source", "train", augment=augment)
+    target = run.images("target", "train", labels=False, augment=augment)
     if run.pending("step1"):
         stuff, things = make_banks(run, cfg, model.feat_channels)
         run.watch(model, test)

@@ -10,36 +10,38 @@ from PIL import Image
 from torch import nn
 
 from common.data import BY_COLOR, IGNORE, ClassList, SegmentationDataset, read_ids, read_label
+from common.distributed import barrier
 from common.files import UserError
 
 SAMPLE = 8                                                       # labels of each data set, spread over it
 ENOUGH = 100_000                                                 # pixels among which an id above 18 is to be expected
 
 
-def inspect(sets: list[tuple[str, str, SegmentationDataset]]) -> None:
-    """Read a pair of every data set as training (split "train") or evaluation does, and a sample of its labels; print what the
-    sample holds, one line per set, and once which sets have labels of another size than their images.
+def inspect(run) -> None:
+    """Read a pair of every data set of a run as training or evaluation does, and a sample of its labels; print what the sample
+    holds, one line per set, and once which sets have labels of another size than their images. A set is looked at once.
 
-    Args: sets: (domain, split, data set) of all that the run reads.
     Raises: UserError for what cannot be read, labels without any class, and labels that hold train ids where ids belong."""
-    lines, resized = {}, {}
-    for domain, split, images in sets:
+    resized = []
+    for name in [name for name in run.sets if name not in run.inspected] if run.rank == 0 else ():
+        run.inspected.add(name)
+        images = run.sets[name]
+        split, labelled = name.split()[1], [pair for pair in images.pairs if pair.label]
         images.item(0, 0 if split == "train" else None)
-        what, labelled = f"{domain} {images.dataset} {split}", [pair for pair in images.pairs if pair.label]
-        if (what, bool(labelled)) in lines:
-            continue
-        text = "no labels" if split == "train" else "no labels: there is nothing to evaluate"
+        text = "no labels" + ": there is nothing to evaluate" * (split == "val")
         if labelled:
             sample = [labelled[k] for k in np.unique(np.linspace(0, len(labelled) - 1, SAMPLE).round().astype(int))]
-            text = _sample(what, sample, images)
+            text = _sample(name, sample, images)
             for pair in sample:
                 with Image.open(pair.image) as image, Image.open(pair.label) as label:
-                    if image.size != label.size:
-                        resized[what] = f"{what} ({pair.label.name} {label.width}x{label.height}, {image.width}x{image.height})"
-        lines[what, bool(labelled)] = text
-        print(f"{what}: {len(images)} images, {text}", flush=True)
+                    sizes = [f"{file.width}x{file.height}" for file in (label, image)]
+                if sizes[0] != sizes[1]:
+                    resized.append(f"{name} ({pair.label.name}: {sizes[0]}, image {sizes[1]})")
+                    break
+        print(f"{name} ({images.dataset}): {text}", flush=True)
     if resized:
-        print(f"labels of another size than their images, resized in training (nearest): {', '.join(resized.values())}")
+        print(f"labels of another size than their images; training resizes them (nearest): {', '.join(resized)}", flush=True)
+    barrier()
 
 
 def _sample(what: str, sample: list, images: SegmentationDataset) -> str:

@@ -274,6 +274,10 @@ class SegmentationDataset(Dataset):
         """The same data set with these folders of maps. Raises UserError for an image without its map."""
         return SegmentationDataset(self.pairs, self.dataset, self.classes, self.size, self.augment, folders, self.transform)
 
+    @property
+    def labelled(self) -> bool:
+        return any(pair.label for pair in self.pairs)
+
     def __len__(self) -> int:
         return len(self.pairs)
 

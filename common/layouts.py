@@ -146,8 +146,8 @@ def _similar(folder: Path, stem: str) -> str:
     return f" (found there: {', '.join(names)})" if names else ""
 
 
-def find(options, classes: ClassList, domain: str, split: str, labels: bool) -> tuple[str, list[Pair], ClassList]:
-    """The data set behind a run's "source" or "target": its name, its pairs, and the classes with the ids that its files hold.
+def find(options, classes: ClassList, domain: str, split: str, labels: bool) -> tuple[list[Pair], str, ClassList]:
+    """The data set behind a run's "source" or "target": its pairs, its name, and the classes with the ids that its files hold.
     The target's validation images need no labels."""
     name, root, images = (options.source, options.data, options.source_images) if domain == "source" else (
         options.target, options.target_data or options.data, None)
@@ -157,7 +157,7 @@ def find(options, classes: ClassList, domain: str, split: str, labels: bool) -> 
     if train_ids:
         ids = dict.fromkeys(range(19), IGNORE) | {train_id: k for k, train_id in enumerate(classes.train_ids)}
         classes = dataclasses.replace(classes, ids=ids)
-    return name, pairs, classes
+    return pairs, name, classes
 
 
 def classes_of(options) -> ClassList:

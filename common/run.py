@@ -42,8 +42,8 @@ REMEDY = "try a lower --lr or --amp none under a new --tag"     # against values
 class Options:
     """domains, files, and how a script runs"""
 
-    source: str = option("gta5", "source domain", choices=("gta5", "synthia", "cityscapes"))
-    target: str = option("cityscapes", "target domain", choices=("cityscapes", "crosscity"))
+    source: str = option("gta5", "source domain: gta5, synthia, cityscapes, or a set of your own, see --classes")
+    target: str = option("cityscapes", "target domain: cityscapes, crosscity, or a set of your own")
     city: str = option("Rome", "city of Cross-City", choices=("Rome", "Rio", "Tokyo", "Taipei"))
     backbone: str = option("resnet101", "encoder; vgg16: v2 only", choices=("resnet101", "resnet50", "resnet18", "vgg16"))
     freeze_bn: str = option("auto", "frozen batch norm; affine: the encoder's, but for its statistics; auto: encoder, or none "
@@ -52,12 +52,17 @@ class Options:
     target_size: Size | None = option(None, "target images are resized to it, also in the test; automatic: likewise")
     crop: Size | None = option(None, "random crop of both domains in training; automatic: none")
     data: str = option("data", "folder that holds gta5/, synthia/, cityscapes/, crosscity/", defines_run=False)
+    target_data: str | None = option(None, "folder that holds the target; automatic: --data", defines_run=False)
+    label_ids: str = option("ids", "what label files hold: the data set's ids, or Cityscapes' train ids, in one domain or both",
+                            choices=("ids", "train", "source-train", "target-train"))
+    classes: str | None = option(None, "JSON file of your own classes, see docs/data.md; automatic: Cityscapes'")
     source_images: str | None = option(None, "take the source images from this folder instead (same file names)")
     init: str = option("imagenet", "initial weights: imagenet, none, or a file, also of the projects in docs/weights.md")
     branches: int | None = option(None, "branches that the head of an --init or --from file sums: 2 in AdaptSegNet and SIM, 4 "
                                   "in ADVENT, BDL, FDA; automatic: 2 where the others were never trained", choices=(2, 4))
     input: str | None = option(None, "input of the network in an --init file or a published --from file: channels and range; "
                                "automatic: as the file's names tell", choices=("imagenet", "rgb", "rgb255", "bgr255"))
+    entry: str | None = option(None, "entry of such a file that holds the network, where there are several: ema, teacher, ...")
     partial_init: bool = option(False, "accept an --init file that lacks weights of the encoder")
     target_labels: bool = option(False, "train the first stage on the labelled target: an upper bound, not adaptation")
     runs: str = option("runs", "folder that holds the run folders", defines_run=False)
@@ -74,6 +79,8 @@ class Options:
     stage: str | None = option(None, "run only this stage", defines_run=False)
     from_: str | None = option(None, "start after the stage that this checkpoint finished; a published one: after the first")
     eval: bool = option(False, "only evaluate: --from CHECKPOINT, or --init FILE, or the run's last stage", defines_run=False)
+    predict: str | None = option(None, "only predict the images of this folder, as --eval would, into --out", defines_run=False)
+    out: str | None = option(None, "folder of --predict's label-id PNGs and overlays", defines_run=False)
     export: str | None = option(None, "also write the evaluated weights here, with a JSON file beside them", defines_run=False)
     tensorboard: bool = option(False, "also write the log's numbers for TensorBoard, if installed", defines_run=False)
     toy: bool = option(False, "render the toy city if needed and use the script's small settings")
@@ -86,18 +93,19 @@ class Run:
     Args:
         method: the script's name; cfg, options: what `cli.parse` gave; stages: name -> iterations, in order; 0 leaves a stage
             out; None where the number of images decides: `run.lengths` gets it before the first stage.
-        sizes: domain -> the size of its images where no flag gives one; None or absent: their own.
+        sizes: data set -> the size of its images where no flag gives one; None or absent: their own.
         largest_scale: of the random resize in training, against which the crop is checked.
     Raises: UserError for settings that make no sense or differ from the folder's, and for a device that is unavailable.
     """
 
     def __init__(self, method: str, cfg, options: Options, stages: dict[str, int | None], sizes: dict | None = None,
                  largest_scale: float = 1.0):
-        from common import start  # only a run's start needs it
+        from common import layouts, start  # only a run's start needs them
+        self.classes = layouts.classes_of(options)
         self.lengths = {stage: iterations for stage, iterations in stages.items() if iterations != 0}
         self.cfg, self.options, self.method, self.stages = cfg, options, method, tuple(self.lengths)
-        self.sizes = {options.source: options.source_size or (sizes or {}).get(options.source),
-                      options.target: options.target_size or (sizes or {}).get(options.target)}
+        self.sizes = {"source": options.source_size or (sizes or {}).get(options.source),
+                      "target": options.target_size or (sizes or {}).get(options.target)}
         self.folder, asked = start.run_folder(method, options), options.amp
         start.check_settings(options, self.stages, self.sizes, largest_scale, self.folder)
         self.device = choose_device(options.device)
@@ -105,10 +113,10 @@ class Run:
         if options.toy:
             from common import toycity  # only --toy needs it
             toycity.ensure(options.data)
-        self.classes = data.class_list(options.source, options.target)
         self._losses: list[dict[str, Tensor]] = []
         self._watched = self._asked_to_stop = self._base = self._keep = None     # _asked_to_stop: when, by which signal
-        self.sets: dict[str, dict] = {}                              # name -> number of images, and a hash of their names
+        self.sets: dict[str, data.SegmentationDataset] = {}          # "source train" ... -> the first that was asked for
+        self.inspected: set[str] = set()                             # those that `checks.inspect` has looked at
         if not options.eval:
             self._lock = lock(self.folder) if self.rank == 0 else None
             barrier()
@@ -118,7 +126,7 @@ class Run:
         start.introduce(self, asked)
         if options.from_:
             from common import published  # only weights of another run or project need it
-            self._base = published.read_checkpoint(options.from_, self.stages[0], options.branches)
+            self._base = published.read_checkpoint(options.from_, self.stages[0], options.branches, options.entry)
         self.selected = start.select(self, self._base)
         self._board = start.tensorboard(self.folder) if options.tensorboard and not options.eval and self.rank == 0 else None
 
@@ -127,6 +135,8 @@ class Run:
         if stage not in self.selected or self.options.eval:
             return False
         if not self._has(f"{stage}.pt") or gather_objects(stage not in self.results())[0]:
+            from common import checks
+            checks.inspect(self)                                 # once, before anything is trained
             return True
         print(f"{stage}: finished before, see {self.folder / stage}.pt", flush=True)
         if stage == self.selected[-1]:
@@ -138,7 +148,8 @@ class Run:
         `<stage>-<what>.pt` by the others."""
         path = self.folder / f"{stage}-{what}.pt"
         if not self._has(path.name):
-            self._check_nothing_is_stale(stage, path.name)
+            from common.start import check_nothing_is_stale
+            check_nothing_is_stale(self, stage, path.name)
             self._write(path, compute())
         return load(path, remedy="delete it, and last.pt if there is one, to compute it again")
 
@@ -191,7 +202,7 @@ class Run:
 
     def watch(self, model: nn.Module, dataset) -> None:
         """With --eval-every, log this model's mIoU on `dataset` during the stages (for the curves; decides nothing)."""
-        self._watched = (model, dataset) if self.options.eval_every else None
+        self._watched = (model, dataset) if self.options.eval_every and dataset.labelled else None
 
     def sweep(self, what: str, dataset, shared: bool = True):
         """Yield `(image, label, names, *maps)` once for each image of a dataset, one at a time, on the device. With `shared`,
@@ -207,20 +218,22 @@ class Run:
 
     def images(self, domain: str, split: str, labels: bool = True, augment: data.Augment = data.Augment(),  # noqa: B008
                transform=None, size: Size | None = None) -> data.SegmentationDataset:
-        """A domain's images with --data, --city, its size (or another) and, for the source, --source-images."""
-        translated = self.options.source_images if domain == self.options.source else None
-        pairs = data.find_pairs(self.options.data, domain, split, city=self.options.city, labels=labels, images=translated)
-        size = size or self.sizes[domain]
-        dataset = data.SegmentationDataset(pairs, domain, self.classes, size, augment, transform=transform)
+        """The images of a domain, "source" or "target", as the flags say, of its size or another. Those of the target's "val"
+        need no labels: then there is nothing to evaluate."""
+        from common import layouts, predict, start
+        if self.options.predict:
+            return predict.folder_of(self.options, size or self.sizes[domain])
+        pairs, name, classes = layouts.find(self.options, self.classes, domain, split, labels)
+        dataset = data.SegmentationDataset(pairs, name, classes, size or self.sizes[domain], augment, transform=transform)
         if f"{domain} {split}" not in self.sets:
-            from common import start
             start.check_images(self, domain, split, dataset)
         return dataset
 
-    def network(self, kind: str, fresh: bool = False) -> DeepLab:
-        """DeepLab "v2" or "v3+" on the device with --freeze-bn. Its weights are those of the last finished stage or --from; of
-        --init where there is neither, and always with `fresh`. `run.latest` names them."""
+    def network(self, kind: str | Callable, fresh: bool = False) -> DeepLab:
+        """DeepLab "v2", "v3+" or one's own (docs/network.md), on the device with --freeze-bn. Its weights are those of the last finished
+        stage or --from; of --init where there is neither, and always with `fresh`. `run.latest` names them."""
         self.seed("model")
+        from common import checks
         options, (self.latest, content) = self.options, ("", {}) if fresh else self._latest()
         frozen = ("none" if options.init == "none" else "encoder") if options.freeze_bn == "auto" else options.freeze_bn
         if "state" in content:
@@ -228,14 +241,16 @@ class Run:
             model = make_network(kind, options.backbone, len(self.classes), structure)
             model.freeze_bn(frozen)
             restore({"model": content["state"]["model"]}, {"model": model})
+            checks.finite(model, options.from_ if content is self._base else self.folder / f"{self.latest}.pt")
             return self.place(model)
         init, source = (options.from_, "--from") if content else (options.init, "--init")
-        model = build_model(kind, options.backbone, len(self.classes), init, frozen, options.partial_init, options.branches,
-                            options.input, source)
+        model = build_model(kind, options.backbone, len(self.classes), init, frozen, partial_init=options.partial_init,
+                            branches=options.branches, input=options.input, flag=source, entry=options.entry)
         if not model.complete and (content or options.eval):
             raise UserError(f"{source} {init} is no trained network with its head, and no stage of {self.folder} is finished: "
                             "train first, or give --from CHECKPOINT")
         self.latest = self.latest or Path(init).stem
+        checks.finite(model, init)
         return self.place(model)
 
     def seed(self, *names) -> None:
@@ -267,20 +282,26 @@ class Run:
     def evaluate(self, name: str, model: nn.Module, dataset, tests: dict[str, dict]) -> None:
         """Evaluate a stage on labelled images, write the result into results.json and a picture, print the run's table so far.
         `tests`: name of each test mode -> keyword arguments of `metrics.predict`."""
+        if self.options.predict:
+            from common import predict
+            return predict.write(self, name, model, dataset, next(iter(tests.values())))
         if self.options.export and self.rank == 0:               # a later stage's model replaces it
             from common import published
             published.export(Path(self.options.export), model, self.classes.names)
-        results = {**({} if self.options.eval else self.results()), name: {}}
-        for test, how in tests.items():
+        from common import checks
+        checks.inspect(self)
+        results = {**({} if self.options.eval else self.results()), name: {} if dataset.labelled else None}
+        for test, how in tests.items() if dataset.labelled else ():
             with self.autocast():
                 matrix = metrics.evaluate(model, self.sweep(f"{name}, {test}", dataset), len(self.classes), self.device, **how)
             results[name][test] = metrics.summary(matrix, self.classes)
         if not self.options.eval and self.rank == 0:
             with self.autocast():
                 rows = viz.prediction_rows(model, dataset, self.classes, self.place)
-            self.draw(f"{name}.png", rows, ["image", "overlay", f"prediction ({name})", "label"])
+            titles = ["image", "overlay", f"prediction ({name})", "label"][:3 + dataset.labelled]
+            self.draw(f"{name}.png", [row[:len(titles)] for row in rows], titles)
             last = max((line["iteration"] for line in read_log(self.folder) if line["stage"] == name), default=0)
-            if not self._has_point(name, last):
+            if dataset.labelled and not self._has_point(name, last):
                 self._log(stage=name, iteration=last, miou=metrics.percent(next(iter(results[name].values()))))
             with contextlib.suppress(ImportError):               # without matplotlib
                 from common import curves
@@ -290,7 +311,7 @@ class Run:
         self._print_table(results)
 
     def results(self) -> dict:
-        """What results.json holds: stage -> test mode -> `metrics.summary`."""
+        """What results.json holds: stage -> test mode -> `metrics.summary`, or stage -> None without labels."""
         return read_json(self.folder / "results.json")
 
     def draw(self, name: str, rows: list, titles: list[str], legend: bool = True) -> None:
@@ -301,8 +322,9 @@ class Run:
 
     def _print_table(self, results: dict) -> None:
         title = f"IoU in percent{', trained with target labels: an upper bound' * self.options.target_labels}"
-        metrics.print_scores(title, {stage + f", {test}" * (test != "single-scale"): result
-                                     for stage, tests in results.items() for test, result in tests.items()})
+        columns = {stage + f", {test}" * (test != "single-scale"): result
+                   for stage, tests in results.items() for test, result in (tests or {}).items()}
+        metrics.print_scores(title, columns) if columns else print("nothing to evaluate: the target has no labels", flush=True)
 
     def _has_point(self, stage: str, iteration: int) -> bool:
         """Whether the log has the mIoU of this iteration."""
@@ -383,7 +405,8 @@ class Run:
             start = last["iteration"]
             print(f"{stage}: resuming at iteration {start}", flush=True)
         else:
-            self._check_nothing_is_stale(stage, f"{stage}.pt")
+            from common.start import check_nothing_is_stale
+            check_nothing_is_stale(self, stage, f"{stage}.pt")
         if self.rank == 0:                                       # later lines are from after the checkpoint
             end = start + (start > 0)
             lines = [line for line in read_log(self.folder) if line["stage"] != stage or line["iteration"] < end]
@@ -415,16 +438,6 @@ class Run:
         if options.eval and options.init not in ("imagenet", "none", checkpoint.get("options", {}).get("init")):
             return "", {}                                        # evaluate this file, not what the run made of another
         return (done[-1], checkpoint) if done else ("", {})
-
-    def _check_nothing_is_stale(self, stage: str, missing: str) -> None:
-        """What a stage needs, or the stage itself, must not be made anew under what an earlier one led to."""
-        later = self.stages[self.stages.index(stage) + 1:]
-        left = [f"{stage}.pt"] * self._has(f"{stage}.pt")
-        left += [path.name for name in later for pattern in ("", "-*") for path in self.folder.glob(f"{name}{pattern}.pt")]
-        left += [f"{name!r} in results.json" for name in (stage, *later) if name in self.results()]
-        if left:
-            raise UserError(f"{self.folder} has no {missing}, but what came after it ({', '.join(left)}): "
-                            "delete the folder, or give this run another --tag")
 
     def _log(self, **record) -> None:
         """Append one line to log.jsonl: stage, iteration (how many are done) and, each --log-every iterations, rate, seconds

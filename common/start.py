@@ -28,9 +28,7 @@ def run_folder(method: str, options) -> Path:
 
 
 def check_settings(options, stages: tuple[str, ...], sizes: dict, largest_scale: float, folder: Path) -> None:
-    """Refuse domains, a stage, an export, an upper bound, a crop that make no sense. folder: the run's; else as for `Run`."""
-    if options.source == options.target:
-        raise UserError(f"--source and --target are both {options.source}; add --target crosscity --city {options.city}")
+    """Refuse a stage, an export, an upper bound, a crop that make no sense. folder: the run's; else as for `Run`."""
     if options.stage not in (None, *stages):
         raise UserError(f"--stage {options.stage} is unknown; the stages are {', '.join(stages)}")
     if options.export:
@@ -107,14 +105,14 @@ def _way_on(run, changed: list[str], lengths: dict) -> str:
 def check_images(run, domain: str, split: str, dataset) -> None:
     """Say how many images a set has; refuse to continue a run with others."""
     path, name, new = run.folder / "config.json", f"{domain} {split}", checks.identity(dataset)
-    run.sets[name] = new
-    print(f"{name}: {new['images']} images", flush=True)
+    run.sets[name] = dataset
+    print(f"{name} ({dataset.dataset}): {new['images']} images", flush=True)
     config = {} if run.options.eval else gather_objects(read_json(path))[0]
     old = config.get("images", {}).get(name, new)
     if old != new:
         others = f"{old['images']} images, here are {new['images']}" if old["images"] != new["images"] else "other file names"
-        raise UserError(f"{run.folder} holds a run whose {name} set has {others} in {run.options.data}: give the --data of "
-                        "that run, or this one another --tag")
+        raise UserError(f"{run.folder} holds a run whose {name} set has {others}, such as {dataset.pairs[0].image}: give "
+                        "the --data of that run, or this one another --tag")
     if config and run.rank == 0 and name not in config.get("images", {}):
         write_json(path, {**config, "images": {**config.get("images", {}), name: new}})
 
@@ -141,6 +139,17 @@ def select(run, base: dict | None) -> tuple[str, ...]:
     return (stage,) if stage else run.stages[first:]
 
 
+def check_nothing_is_stale(run, stage: str, missing: str) -> None:
+    """What a stage needs, or the stage itself, must not be made anew under what an earlier one led to."""
+    later = run.stages[run.stages.index(stage) + 1:]
+    left = [f"{stage}.pt"] * gather_objects((run.folder / f"{stage}.pt").exists())[0]
+    left += [path.name for name in later for pattern in ("", "-*") for path in run.folder.glob(f"{name}{pattern}.pt")]
+    left += [f"{name!r} in results.json" for name in (stage, *later) if name in run.results()]
+    if left:
+        raise UserError(f"{run.folder} has no {missing}, but what came after it ({', '.join(left)}): delete the folder, or "
+                        "give this run another --tag")
+
+
 def commit() -> str:
     """The git commit of the scripts, with "-dirty" if they are changed; "unknown" if there is none."""
     try:
@@ -154,7 +163,8 @@ def commit() -> str:
 def made(run) -> dict:
     """Where a run comes from; stands in config.json and is not compared."""
     return {"torch": torch.__version__, "torchvision": torchvision.__version__, "commit": commit(), "host": platform.node(),
-            "date": datetime.datetime.now().astimezone().isoformat(timespec="seconds"), "data": run.options.data}
+            "date": datetime.datetime.now().astimezone().isoformat(timespec="seconds"), "data": run.options.data,
+            "target_data": run.options.target_data}
 
 
 def introduce(run, asked: str) -> None:
@@ -184,7 +194,7 @@ def trained_with(method: str, values: dict, defining: set[str]) -> list[str]:
         content = load(options.from_) if Path(options.from_).exists() else {}
         content = content if isinstance(content, dict) else {}
         found = {**content.get("options", {}), **(content.get("config", {}) if content.get("method") == method else {})}
-        data = found.get("data")
+        folders = found
     else:
         folder = run_folder(method, options)
         if not (folder / "config.json").exists():                # --source and --target may be another pair
@@ -192,9 +202,9 @@ def trained_with(method: str, values: dict, defining: set[str]) -> list[str]:
                       if not options.tag or path.parent.name.endswith(f"-{options.tag}")]
             folder = others[0] if len(others) == 1 else folder
         found = read_json(folder / "config.json")
-        data = found.get("made", {}).get("data")
+        folders = found.get("made", {})
     kept = {key: value for key, value in found.items() if key in defining - {"toy", "from_"}}
-    kept |= {"data": data} if data and os.path.isdir(data) else {}
+    kept |= {key: folders[key] for key in ("data", "target_data") if os.path.isdir(folders.get(key) or "")}
     argv = []
     for key, value in kept.items():
         if isinstance(value, bool):

@@ -98,15 +98,16 @@ def evaluate(model: nn.Module, loader: Iterable, num_classes: int, device: torch
 
 
 def summary(matrix: Tensor, classes: ClassList) -> dict:
-    """A confusion matrix as the entry of results.json: means, per-class IoU (None where a class has none), the matrix."""
+    """A confusion matrix as the entry of results.json: means, per-class IoU, the matrix; None for what is not defined."""
     means = {f"{name}{' present' * present}": mean_iou(matrix, indices, present)
              for present in (False, True) for name, indices in classes.means.items()}
-    scores = {name: None if math.isnan(score) else score for name, score in zip(classes.names, iou(matrix).tolist())}
+    scores, means = ({name: None if math.isnan(score) else score for name, score in values}
+                     for values in (zip(classes.names, iou(matrix).tolist()), means.items()))
     return {**means, "iou": scores, "matrix": matrix.tolist()}
 
 
 def percent(result: dict) -> dict[str, float]:
-    """The means of a `summary`, in percent."""
+    """The means of a `summary` that are defined, in percent."""
     return {name: round(100 * value, 2) for name, value in result.items() if isinstance(value, float)}
 
 
@@ -127,6 +128,6 @@ def print_table(title: str, columns: dict[str, Sequence[float | None]], names: S
 
 def print_scores(title: str, results: dict[str, dict]) -> None:
     """Print a `summary` per column, in percent: the IoU of each class, then the means."""
-    scores = [{**r["iou"], **{name: value for name, value in r.items() if isinstance(value, float)}} for r in results.values()]
+    scores = [{**r["iou"], **{name: r[name] for name in r if name not in ("iou", "matrix")}} for r in results.values()]
     columns = {name: [x if x is None else 100 * x for x in column.values()] for name, column in zip(results, scores)}
     print_table(title, columns, list(scores[0]))

@@ -12,6 +12,7 @@ from PIL import Image
 from torch import nn
 from torch.nn import functional as F
 
+from common.data import ClassList
 from common.metrics import confusion_matrix, evaluate, iou, mean_iou, percent, predict, print_scores, print_table, summary
 
 TRAIN_IDS = (7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33)
@@ -180,6 +181,19 @@ def test_scores_of_several_tests_side_by_side(capsys):
         ["source", "only", "FADA"], ["road", "75.0", "75.0"], ["sky", "80.0", "100.0"], ["wall", "-", "0.0"],
         ["mIoU", "77.5", "58.3"], ["mIoU*", "77.5", "87.5"],
         ["mIoU", "present", "77.5", "87.5"], ["mIoU*", "present", "77.5", "87.5"]]
+
+
+def test_what_is_not_defined_is_null_and_a_dash(capsys):
+    """Labels of the second class only, and a mean over the third: no score, in results.json as in the table."""
+    classes = ClassList(("a", "b", "c"), ((0, 0, 0),) * 3, (0, 1, 2), {"mIoU": (0, 1, 2), "mIoU*": (2,)})
+    result = summary(torch.tensor([[0, 0, 0], [0, 5, 0], [0, 0, 0]]), classes)
+    assert json.loads(json.dumps(result, allow_nan=False))["mIoU*"] is None
+    assert list(result["iou"].values()) == [None, 1.0, None] and (result["mIoU"], result["mIoU* present"]) == (1.0, None)
+    assert percent(result) == {"mIoU": 100.0, "mIoU present": 100.0}
+    print_scores("scores", {"one": result})
+    assert [line.split() for line in capsys.readouterr().out.splitlines()[4:]] == [
+        ["a", "-"], ["b", "100.0"], ["c", "-"], ["mIoU", "100.0"], ["mIoU*", "-"], ["mIoU", "present", "100.0"],
+        ["mIoU*", "present", "-"]]
 
 
 def test_a_table_of_whatever_numbers(capsys):

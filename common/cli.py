@@ -82,7 +82,7 @@ def parse(prog: str, doc: str, classes: tuple[type, ...], argv: list[str] | None
             group.add_argument(flag(field.name), **how)
     given, fields = vars(parser.parse_args(argv)), [field for cls in reversed(classes) for field, _ in flags(cls)]
     values = {field.name: field.default for field in fields} | (toy if toy and given.get("toy") else {}) | given
-    if values.get("eval"):
+    if values.get("eval") or values.get("predict"):
         from common import start  # only --eval needs it: the flags of the run that is evaluated, which what is typed overrules
         defining = {field.name for field in fields if field.metadata["defines_run"]}
         values |= vars(parser.parse_args([*start.trained_with(prog.removesuffix(".py"), values, defining), *argv]))

@@ -21,7 +21,6 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torchvision import models
 from torchvision.models import vgg
-from torchvision.models.resnet import Bottleneck
 
 from common.files import UserError
 
@@ -81,16 +80,6 @@ def resnet_features(encoder: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
     """Outputs of layer1 (stride 4) and of layer4."""
     low = encoder.layer1(encoder.maxpool(encoder.relu(encoder.bn1(encoder.conv1(x)))))
     return low, encoder.layer4(encoder.layer3(encoder.layer2(low)))
-
-
-def adapt(encoder: nn.Module, structure: Structure) -> None:
-    """Give a dilated ResNet the pooling, batch norm and strides of `structure`, in place."""
-    encoder.maxpool.ceil_mode = structure.ceil_mode
-    for m in encoder.modules():
-        if isinstance(m, _BatchNorm):
-            m.eps = structure.bn_eps
-        if isinstance(m, Bottleneck) and structure.stride_first:
-            m.conv1.stride, m.conv2.stride = m.conv2.stride, m.conv1.stride
 
 
 def vgg16_encoder() -> nn.Module:
@@ -181,10 +170,7 @@ class DeepLab(nn.Module):
             raise UserError("there is no DeepLab v3+ on vgg16: choose a resnet backbone, or network v2")
         self.backbone, self.num_classes, self.feat_channels = backbone, num_classes, feat_channels
         self.structure, self.frozen_bn, self.complete = structure, "none", False    # complete: a file gave every weight
-        self.prepare = nn.Identity()
-        if structure.input != "imagenet":
-            from common import published  # only weights of other projects need it
-            self.prepare = published.ConvertInput(structure.input)
+        self.prepare = nn.Identity()                                # for another input: published.adapt
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         if x.dim() != 4 or x.shape[1] != 3:
@@ -239,7 +225,6 @@ class DeepLabV2(DeepLab):
             first = 2 if structure.dilate_first else 1
             dilate(self.encoder.layer3, first, [2] * len(self.encoder.layer3))
             dilate(self.encoder.layer4, 2 * first, [4] * len(self.encoder.layer4))
-            adapt(self.encoder, structure)
         self.head = SummedASPP(self.feat_channels, num_classes, structure.branches)
 
     def features(self, x: Tensor) -> Tensor:
@@ -258,7 +243,6 @@ class DeepLabV3Plus(DeepLab):
         super().__init__(backbone, num_classes, 256, structure)
         self.encoder = resnet_encoder(backbone)
         dilate(self.encoder.layer4, 2, (2, 4, 8))                   # ResNet-18 has two blocks: 2, 4
-        adapt(self.encoder, structure)
         low, high = (64, 512) if backbone == "resnet18" else (256, 2048)
         self.aspp = ASPP(high)
         self.low = conv_bn_relu(low, 48)
@@ -276,32 +260,36 @@ class DeepLabV3Plus(DeepLab):
 
 def make_network(network: str | Callable, backbone: str, num_classes: int,
                  structure: Structure = Structure()) -> DeepLab:  # noqa: B008
-    """"v2" or "v3+" with random weights, or one's own network. Raises: UserError for an unknown choice."""
+    """"v2", "v3+" or one's own network, see `build_model`, with random weights. Raises: UserError for an unknown choice."""
     if callable(network):
         from common.network import adopt  # only one's own network needs it
-        return adopt(network, backbone, num_classes, structure)
-    if network not in ("v2", "v3+"):
+        model = adopt(network, backbone, num_classes, structure)
+    elif network in ("v2", "v3+"):
+        model = (DeepLabV2 if network == "v2" else DeepLabV3Plus)(backbone, num_classes, structure)
+    else:
         raise UserError(f"unknown network {network!r}: choose v2 or v3+")
-    return (DeepLabV2 if network == "v2" else DeepLabV3Plus)(backbone, num_classes, structure)
+    if structure != Structure():
+        from common.published import adapt  # only weights of other projects need it
+        adapt(model)
+    return model
 
 
 def build_model(network: str | Callable, backbone: str, num_classes: int, init: str = "imagenet", freeze_bn: str = "encoder",
-                partial_init: bool = False, branches: int | None = None, input: str | None = None, flag: str = "--init",
-                entry: str | None = None) -> DeepLab:
+                **file) -> DeepLab:
     """A network with its initial weights, and its batch norms frozen as asked.
 
     Args:
         network: "v2", "v3+", or what makes one's own network of the number of classes (common/network.py).
         backbone: "resnet101", "resnet50", "resnet18" or, for v2, "vgg16".
         num_classes: K, channels of the logits.
-        init: "imagenet", "none" (random) or a file, for which the arguments from partial_init on are: published.load_model.
+        init: "imagenet", "none" (random) or a file; then `file` are more arguments of `published.load_model`.
         freeze_bn: see `DeepLab.freeze_bn`.
     Raises: UserError for an unknown choice and for weights that are unavailable, cannot be read or do not fit.
     """
     if init == "none":
         model = make_network(network, backbone, num_classes)
     else:
-        from common import published  # only weights need it
-        model = published.load_model(network, backbone, num_classes, init, partial_init, branches, input, flag, entry)
+        from common.published import load_model  # only weights need it
+        model = load_model(network, backbone, num_classes, init, **file)
     model.freeze_bn(freeze_bn)
     return model

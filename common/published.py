@@ -29,7 +29,9 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torchvision import models
+from torchvision.models.resnet import Bottleneck
 
 from common.data import IMAGENET_MEAN, IMAGENET_STD
 from common.deeplab import BACKBONES, DeepLab, Structure, make_network
@@ -146,6 +148,20 @@ class ConvertInput(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return (x.flip(1) if self.flip else x) * self.scale + self.shift
+
+
+def adapt(model: DeepLab) -> None:
+    """Give a network the input, and a DeepLab on a ResNet the pooling, batch norm and strides, of its structure, in place."""
+    structure = model.structure
+    if structure.input != "imagenet":
+        model.prepare = ConvertInput(structure.input)
+    for m in model.encoder.modules() if model.network in ("v2", "v3+") and model.backbone != "vgg16" else ():
+        if isinstance(m, nn.MaxPool2d):
+            m.ceil_mode = structure.ceil_mode
+        if isinstance(m, _BatchNorm):
+            m.eps = structure.bn_eps
+        if isinstance(m, Bottleneck) and structure.stride_first:
+            m.conv1.stride, m.conv2.stride = m.conv2.stride, m.conv1.stride
 
 
 @dataclass
@@ -394,7 +410,7 @@ def summed_branches(state: dict[str, Tensor]) -> tuple[int, str]:
     return 4, "as ADVENT's, BDL's and FDA's; --branches 2 for AdaptSegNet's and SIM's"
 
 
-def load_model(network: str | Callable, backbone: str, num_classes: int, path: str | Path, partial: bool = False,
+def load_model(network: str | Callable, backbone: str, num_classes: int, path: str | Path, partial_init: bool = False,
                branches: int | None = None, input: str | None = None, flag: str = "--init",
                entry: str | None = None) -> DeepLab:
     """The network with torchvision's ImageNet weights, or with those of a file, in the structure that they need. Prints what
@@ -407,7 +423,7 @@ def load_model(network: str | Callable, backbone: str, num_classes: int, path: s
     Args:
         network, backbone, num_classes: as for `deeplab.build_model`.
         path: the file, or "imagenet", for which the other arguments mean nothing.
-        partial: accept missing encoder keys and a head of another class count; what fits is loaded.
+        partial_init: accept missing encoder keys and a head of another class count; what fits is loaded.
         branches: how many branches the head of a Caffe-style file sums; None: decide by `summed_branches`.
         input: what the network expects, a key of INPUTS; None: as recognised.
         flag: gave the path, for messages.
@@ -425,8 +441,7 @@ def load_model(network: str | Callable, backbone: str, num_classes: int, path: s
     if callable(network):
         from common.network import fill
         model = make_network(network, backbone, num_classes, Structure(input=input or "imagenet"))
-        fill(model, unwrap(content, where, entry)[0], strip, where, partial)
-        check_finite(model, where)
+        fill(model, unwrap(content, where, entry)[0], strip, where, partial_init)
         return model
     weights = recognise(content, where, path, branches, entry)
     if weights.network not in ("", network):
@@ -435,7 +450,7 @@ def load_model(network: str | Callable, backbone: str, num_classes: int, path: s
     if input is not None:
         weights.structure, weights.hint = replace(weights.readings.get(input, weights.structure), input=input), ""
     model = make_network(network, backbone, num_classes, weights.structure)
-    if not partial:
+    if not partial_init:
         check_fit(weights, model, where)
     own, named = model.state_dict(), weights.state
     fitting = {k: v for k, v in named.items() if k in own and v.shape == own[k].shape}
@@ -445,7 +460,6 @@ def load_model(network: str | Callable, backbone: str, num_classes: int, path: s
     unexpected = [k for k in named if k not in own and not k.endswith("num_batches_tracked")]
     model.load_state_dict(fitting, strict=False)
     model.complete = not missing
-    check_finite(model, where)
     print(f"{where}: {weights.description}{len(counted) - len(missing)} keys matched, {len(missing)} missing ({len(encoder)} "
           f"of the encoder), {len(unexpected)} unexpected, {weights.classifier} of a classifier left out")
     return model
@@ -462,14 +476,6 @@ def imagenet_weights(backbone: str) -> dict:
         why = "cannot be read, delete it" if file.exists() else "is not there and did not download"
         raise UserError(f"ImageNet weights {file.name} in {file.parent}: the file {why} ({cause}); put it there, or give "
                         "--init PATH (a file) or --init none (random weights)") from error
-
-
-def check_finite(model: nn.Module, where: str) -> None:
-    """UserError if a weight is NaN or infinite: its training has diverged."""
-    broken = [key for key, value in model.state_dict().items() if value.is_floating_point() and not value.isfinite().all()]
-    if broken:
-        raise UserError(f"{where} has {len(broken)} tensors with values that are not finite (here {broken[0]}): the training "
-                        "that wrote it has diverged; give an earlier file")
 
 
 def check_fit(weights: Weights, model: DeepLab, where: str) -> None:

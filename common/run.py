@@ -110,9 +110,6 @@ class Run:
         start.check_settings(options, self.stages, self.sizes, largest_scale, self.folder)
         self.device = choose_device(options.device)
         self.rank, self.world = join()
-        if options.toy:
-            from common import toycity  # only --toy needs it
-            toycity.ensure(options.data)
         self._losses: list[dict[str, Tensor]] = []
         self._watched = self._asked_to_stop = self._base = self._keep = None     # _asked_to_stop: when, by which signal
         self.sets: dict[str, data.SegmentationDataset] = {}          # "source train" ... -> the first that was asked for
@@ -220,18 +217,18 @@ class Run:
                transform=None, size: Size | None = None) -> data.SegmentationDataset:
         """The images of a domain, "source" or "target", as the flags say, of its size or another. Those of the target's "val"
         need no labels: then there is nothing to evaluate."""
-        from common import layouts, predict, start
+        from common import layouts, start
         if self.options.predict:
+            from common import predict  # only --predict needs it
             return predict.folder_of(self.options, size or self.sizes[domain])
         pairs, name, classes = layouts.find(self.options, self.classes, domain, split, labels)
         dataset = data.SegmentationDataset(pairs, name, classes, size or self.sizes[domain], augment, transform=transform)
-        if f"{domain} {split}" not in self.sets:
-            start.check_images(self, domain, split, dataset)
+        start.check_images(self, domain, split, dataset)
         return dataset
 
     def network(self, kind: str | Callable, fresh: bool = False) -> DeepLab:
-        """DeepLab "v2", "v3+" or one's own (docs/network.md), on the device with --freeze-bn. Its weights are those of the last finished
-        stage or --from; of --init where there is neither, and always with `fresh`. `run.latest` names them."""
+        """DeepLab "v2", "v3+" or one's own (docs/network.md), on the device, with --freeze-bn. Its weights are those of the
+        last finished stage or --from; of --init where there is neither, and always with `fresh`. `run.latest` names them."""
         self.seed("model")
         from common import checks
         options, (self.latest, content) = self.options, ("", {}) if fresh else self._latest()
@@ -282,13 +279,12 @@ class Run:
     def evaluate(self, name: str, model: nn.Module, dataset, tests: dict[str, dict]) -> None:
         """Evaluate a stage on labelled images, write the result into results.json and a picture, print the run's table so far.
         `tests`: name of each test mode -> keyword arguments of `metrics.predict`."""
+        from common import checks
         if self.options.predict:
-            from common import predict
-            return predict.write(self, name, model, dataset, next(iter(tests.values())))
+            return dataset.write(self, name, model, next(iter(tests.values())))
         if self.options.export and self.rank == 0:               # a later stage's model replaces it
             from common import published
             published.export(Path(self.options.export), model, self.classes.names)
-        from common import checks
         checks.inspect(self)
         results = {**({} if self.options.eval else self.results()), name: {} if dataset.labelled else None}
         for test, how in tests.items() if dataset.labelled else ():

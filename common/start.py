@@ -31,8 +31,11 @@ def check_settings(options, stages: tuple[str, ...], sizes: dict, largest_scale:
     """Refuse a stage, an export, an upper bound, a crop that make no sense. folder: the run's; else as for `Run`."""
     if options.stage not in (None, *stages):
         raise UserError(f"--stage {options.stage} is unknown; the stages are {', '.join(stages)}")
+    if bool(options.predict) != bool(options.out):
+        raise UserError("--predict FOLDER takes the images, --out FOLDER gets the labels: give both")
+    options.eval |= bool(options.predict)
     if options.export:
-        check_export(Path(options.export).absolute(), folder.absolute())
+        check_export(Path(options.export), folder)
     if options.eval:                                             # nothing is trained
         return
     if options.target == "crosscity" and options.target_labels:
@@ -94,17 +97,18 @@ def check_config(run) -> None:
 def _way_on(run, changed: list[str], lengths: dict) -> str:
     """How to train a stage for longer than a run that is there has trained it."""
     if all(key.endswith(("iterations", "epochs")) for key in changed):
-        finished = [stage for stage in run.stages if (run.folder / f"{stage}.pt").exists()]
         same = next((k for k, stage in enumerate(run.stages) if lengths.get(stage) != run.lengths[stage]), 0)
-        if 0 < same <= len(finished):
-            return (f"to train {run.stages[same]!r} anew for that long, add another --tag and "
-                    f"--from {run.folder / finished[same - 1]}.pt")
+        before = run.folder / f"{run.stages[same - 1]}.pt"
+        if same and before.exists():
+            return f"to train {run.stages[same]!r} anew for that long, add another --tag and --from {before}"
     return "give this one another --tag, or delete the folder"
 
 
 def check_images(run, domain: str, split: str, dataset) -> None:
-    """Say how many images a set has; refuse to continue a run with others."""
+    """Say, once, how many images a set has; refuse to continue a run with others."""
     path, name, new = run.folder / "config.json", f"{domain} {split}", checks.identity(dataset)
+    if name in run.sets:
+        return
     run.sets[name] = dataset
     print(f"{name} ({dataset.dataset}): {new['images']} images", flush=True)
     config = {} if run.options.eval else gather_objects(read_json(path))[0]
@@ -168,7 +172,8 @@ def made(run) -> dict:
 
 
 def introduce(run, asked: str) -> None:
-    """A run's first lines: script, commit, device, precision, folder, stages. `asked`: the precision on the command line."""
+    """A run's first lines: script, commit, device, precision, folder, stages; with --toy, the toy city is there then. `asked`:
+    the precision on the command line."""
     device, name = run.device.type, run.options.device
     if device == "cuda":
         device = f"cuda ({torch.cuda.get_device_name(run.device)})"
@@ -182,6 +187,9 @@ def introduce(run, asked: str) -> None:
     lengths = ", ".join(f"{stage} {run.lengths[stage] or ''}".strip() for stage in run.stages)
     print(f"{run.method}.py, commit {commit()}, torch {torch.__version__}\ndevice: {device}; precision: {precision}\n"
           f"folder: {run.folder}\nstages: {lengths}", flush=True)
+    if run.options.toy and not run.options.predict:
+        from common import toycity
+        toycity.ensure(run.options.data)
 
 
 def trained_with(method: str, values: dict, defining: set[str]) -> list[str]:
@@ -191,8 +199,10 @@ def trained_with(method: str, values: dict, defining: set[str]) -> list[str]:
     """
     options = SimpleNamespace(**values)
     if options.from_:
-        content = load(options.from_) if Path(options.from_).exists() else {}
-        content = content if isinstance(content, dict) else {}
+        try:
+            content = dict(load(options.from_))
+        except (UserError, TypeError, ValueError):               # of another project, or none: it is read and refused later
+            content = {}
         found = {**content.get("options", {}), **(content.get("config", {}) if content.get("method") == method else {})}
         folders = found
     else:

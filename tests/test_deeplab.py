@@ -318,7 +318,7 @@ def test_init_missing_encoder_key(tmp_path, capsys):
     with pytest.raises(UserError, match=r"lacks 1 encoder keys.*\.layer2\.0\.conv1\.weight.*--partial-init") as e:
         load_model("v2", "resnet18", 3, path)
     assert path in str(e.value)
-    model = load_model("v2", "resnet18", 3, path, partial=True)
+    model = load_model("v2", "resnet18", 3, path, partial_init=True)
     assert "99 keys matched, 9 missing (1 of the encoder)" in capsys.readouterr().out and not model.complete
     assert torch.equal(model.encoder.conv1.weight, state["conv1.weight"])
 

@@ -30,7 +30,7 @@ import cag
 import fada
 from common import files
 from common.data import IMAGENET_MEAN, IMAGENET_STD
-from common.deeplab import DeepLabV2, Structure, build_model
+from common.deeplab import DeepLabV2, Structure, build_model, make_network
 from common.files import UserError
 from common.published import Stub, export, load_foreign, read_checkpoint, read_structure, read_weights, recognise
 from common.run import Options, Run
@@ -393,7 +393,7 @@ def test_files_that_do_not_fit(tmp_path, caffe, monkeypatch):
         "vit": ({"state_dict": {"module.blocks.0.weight": torch.zeros(1)}}, "first names are blocks.0.weight"),
         "empty": ({"state_dict": {}, "epoch": 3}, "holds no state dict"),
         "discriminator": ({"iteration": 3, "model_D": {"D.0.weight": torch.zeros(1)}}, "first names are D.0.weight"),
-        "evil": ({"state_dict": Malicious(), "best": caffe}, "holds no state dict"),
+        "evil": ({"state_dict": Malicious(), "best": 3}, "holds no state dict"),
         "blocked": ({"state_dict": caffe, "best": Malicious(os.system, "touch pwned")}, "damaged or not a --init file"),
         "code": ({"x": np.random.default_rng}, "holds no state dict"),
         "v3+": ({f"{name}.weight": torch.zeros(1) for name in ("backbone.conv1", "aspp.conv1", "decoder.last_conv.8")},
@@ -573,7 +573,7 @@ def test_a_structure_differs_in_the_forward_pass_and_not_in_the_weights():
     x = torch.randn(1, 3, 33, 32)
 
     def built(structure: Structure) -> nn.Module:
-        other = DeepLabV2("resnet50", 3, structure).eval()
+        other = make_network("v2", "resnet50", 3, structure).eval()
         other.load_state_dict(model.state_dict(), strict=structure.branches == 4)
         return other
 
@@ -674,7 +674,7 @@ def test_stages_after_a_published_file(tmp_path, caffe, capsys):
     path = save(tmp_path / "file.pth", caffe)
     for stage, selected in ((None, ("second", "third")), ("third", ("third",))):
         options = Options(runs=str(tmp_path), tag=stage, from_=path, stage=stage, device="cpu", backbone="resnet18")
-        run = Run("fada", Config(), options, ("first", "second", "third"))
+        run = Run("fada", Config(), options, {"first": 1, "second": 1, "third": 1})
         assert tuple(name for name in run.stages if run.pending(name)) == selected
         model = run.network("v2")
         assert run.latest == "file" and model.complete and model.structure.input == "bgr255" and model.frozen_bn == "encoder"

@@ -109,7 +109,7 @@ def test_copied_out_it_runs(script, city, tmp_path):
     """With common/ alone, and without its files that only some flags need."""
     for name in {script, *(["c2f"] if script == "bismap" else [])}:      # whose warm-up is C2F's alignment
         shutil.copy(ROOT / f"{name}.py", tmp_path)
-    some = ("published.py", "curves.py", "results.py", "toycity.py", "predict.py")
+    some = ("published.py", "curves.py", "results.py", "toycity.py", "predict.py", "network.py")
     shutil.copytree(ROOT / "common", tmp_path / "common", ignore=shutil.ignore_patterns("__pycache__", *some))
     line = [sys.executable, f"{script}.py", *arguments(script, city, Path("runs"), "--stage", STAGES[script][0])]
     done = subprocess.run(line, cwd=tmp_path, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": ""})

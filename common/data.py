@@ -45,8 +45,8 @@ _CLASSES = (  # in the order of Cityscapes' train ids: name, colour, Cityscapes 
 )
 _NOT_IN_13 = {"wall", "fence", "pole", "terrain", "truck", "train"}
 # The ids a dataset defines. GTA5 has Cityscapes' -1 (license plate) as 34; 255 is what -1 becomes in 8 bits.
-_DEFINED = {"gta5": (*range(35), 255), "synthia": tuple(range(23)), "cityscapes": (*range(34), 255),
-            "crosscity": (*range(34), 255)}
+DEFINED = {"gta5": (*range(35), 255), "synthia": tuple(range(23)), "cityscapes": (*range(34), 255),
+           "crosscity": (*range(34), 255)}
 _UNDEFINED = 254                                                 # in a table from ids to class indices
 # Colours of Cityscapes' ids without a class. GTA5's ids 18 and 34 have none either, but the colours of pole and car.
 _VOID = bytes.fromhex("000000 141414 6f4a00 510051 faaaa0 e6968c b4a5b4 966464 96785a 00005a 00006e")
@@ -92,7 +92,7 @@ def class_list(source: str, target: str = "cityscapes") -> ClassList:
 def _index_table(dataset: str, classes: ClassList) -> np.ndarray:
     """(256,) uint8: file id -> class index, 255 for a defined id without a class, 254 for an id that is not defined."""
     table = np.full(256, _UNDEFINED, dtype=np.uint8)
-    table[[255] if classes.ids else list(_DEFINED[dataset])] = IGNORE
+    table[[255] if classes.ids else list(DEFINED[dataset])] = IGNORE
     ids = classes.ids or {_CLASSES[k][3 if dataset == "synthia" else 2]: n for n, k in enumerate(classes.train_ids)}
     for file_id, index in ids.items():
         if file_id is not None:

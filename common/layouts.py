@@ -154,7 +154,9 @@ def find(options, classes: ClassList, domain: str, split: str, labels: bool) -> 
     train_ids = options.label_ids in ("train", f"{domain}-train")
     pairs = find_pairs(root, name, split, city=options.city, labels=labels, images=images, train_ids=train_ids,
                        own=name not in LAYOUTS, unlabelled=split == "val")
-    if train_ids:
+    if options.classes and name in LAYOUTS:                      # its ids that the file does not name have no class
+        classes = dataclasses.replace(classes, ids=dict.fromkeys(data.DEFINED[name], IGNORE) | classes.ids)
+    elif train_ids:
         ids = dict.fromkeys(range(19), IGNORE) | {train_id: k for k, train_id in enumerate(classes.train_ids)}
         classes = dataclasses.replace(classes, ids=ids)
     return pairs, name, classes
@@ -176,6 +178,9 @@ def classes_of(options) -> ClassList:
         return data.class_list(options.source, options.target)
     if options.label_ids != "ids":
         raise UserError(f"--label-ids {options.label_ids} is for Cityscapes' classes: --classes says itself what ids mean")
+    if options.source == "synthia" and options.target in LAYOUTS:
+        raise UserError(f"--classes has one meaning per file id, and SYNTHIA's ids are not {options.target}'s: choose --source "
+                        "gta5, or leave --classes out")
     if not options.classes.startswith("{"):
         options.classes = json.dumps(_content(Path(options.classes).expanduser()))
     content = json.loads(options.classes)

@@ -406,8 +406,7 @@ def torchvision_layer(run: Run, cfg: Config) -> nn.Module:
     try:
         net = models.get_model(cfg.stm_backbone, weights=None if cfg.stm_weights else "IMAGENET1K_V1")
         layer = run.place(create_feature_extractor(net, {cfg.stm_layer: "feat"}).eval().requires_grad_(False))
-        if layer(torch.zeros(1, 3, 64, 128, device=run.device))["feat"].dim() != 4:
-            raise ValueError("not a feature map")
+        _, _, _, _ = layer(torch.zeros(1, 3, 64, 128, device=run.device))["feat"].shape       # or it is no feature map
     except Exception as error:                         # a download raises almost anything
         raise UserError(f"--stm-backbone {cfg.stm_backbone}: torchvision does not know it, its ImageNet weights are not here "
                         f"and did not download, or --stm-layer {cfg.stm_layer} gives no feature map ({type(error).__name__}); "
@@ -425,6 +424,8 @@ def torchvision_layer(run: Run, cfg: Config) -> nn.Module:
 def independent_encoder(run: Run, cfg: Config, model: nn.Module) -> Callable[[Tensor], Tensor]:
     """E^, a function: image (1, 3, H, W) -> features (cells of `stm_grid`, D). Raises: UserError if it is unavailable."""
     layer = torchvision_layer(run, cfg) if cfg.stm_backbone != "warmup" else None
+    if layer is None and not hasattr(model.encoder, "layer4"):
+        raise UserError("--stm-backbone warmup needs a network whose encoder is a ResNet: --stm-backbone resnet18, or --no-stm")
 
     def encode(x: Tensor) -> Tensor:
         x = F.interpolate(x, cfg.stm_size[::-1], mode="bilinear", antialias=True)
@@ -623,8 +624,7 @@ def write_hard_labels(run: Run, cfg: Config, stage: str, model: nn.Module, targe
     model.eval()
     for x, _, (name,) in run.sweep(f"labels of {stage}", target):
         with run.autocast():
-            label = predict(model, x, tuple(x.shape[-2:]), scales=cfg.test_scales, flip=True)[0]
-        save_label(folder / f"{name}.png", label)
+            save_label(folder / f"{name}.png", predict(model, x, tuple(x.shape[-2:]), cfg.test_scales, flip=True)[0])
     return {}
 
 

@@ -107,12 +107,6 @@ class Pair(NamedTuple):
     name: str
 
 
-def find_pairs(root: str | Path, dataset: str, split: str = "train", **how) -> list[Pair]:
-    """A split's images with their labels: see `common.layouts.find_pairs`, which only a run's start needs."""
-    from common import layouts
-    return layouts.find_pairs(root, dataset, split, **how)
-
-
 @contextmanager
 def _content(path: str | Path) -> Iterator[bytes]:
     """The bytes of an image file; whatever a decoder raises about them (half a dozen kinds) becomes a UserError naming it."""
@@ -179,8 +173,10 @@ def read_ids(path: str | Path, dataset: str, classes: ClassList) -> tuple[np.nda
         used = np.flatnonzero(file.histogram()).tolist()
         palette = bytes(file.getpalette("RGB")).ljust(768, b"\0")
     colors = {i: tuple(palette[3 * i:3 * i + 3]) for i in used}
-    meaning = dict.fromkeys([*zip(*[iter(_VOID)] * 3), *(row[1] for row in _CLASSES)], IGNORE)
-    meaning |= {color: index for index, color in enumerate(classes.colors)}
+    pairs = zip(classes.colors, range(len(classes)))
+    if dataset in DEFINED and classes.stuff is not None:         # one's own classes, and perhaps colours
+        pairs = ((row[1], table[row[2]]) for row in _CLASSES)
+    meaning = dict.fromkeys([*zip(*[iter(_VOID)] * 3), *(row[1] for row in _CLASSES)], IGNORE) | dict(pairs)
     plain = all(meaning.get(color) == table[i] or (i, color) in _TWINS for i, color in colors.items())
     if all(r == g == b for r, g, b in colors.values()) and not (plain and dataset == "gta5"):
         return np.frombuffer(palette[::3], np.uint8)[ids], table, "the palette's greys are the ids"
@@ -245,7 +241,7 @@ class SegmentationDataset(Dataset):
     label with class indices and 255. Without a label file the label is 255 everywhere, of the image's size.
 
     Args:
-        pairs: what `find_pairs` returned; dataset: whose labels they are; classes: whose indices the labels get.
+        pairs: what `layouts.find_pairs` returned; dataset: whose labels they are; classes: whose indices the labels get.
         size: images are resized to it (antialiased), training labels and maps too (nearest); None: own size.
         maps: folders with one 8-bit one-channel PNG `<folder>/<name>.png` per image, of the size that images have here.
         transform: called with (image float32 (3,H,W) in [0,1], seed, name) after the resize of a training item, before its

@@ -27,12 +27,12 @@ from common.data import (
     Augment,
     SegmentationDataset,
     class_list,
-    find_pairs,
     read_label,
     read_resized,
     save_label,
 )
 from common.deeplab import build_model
+from common.layouts import find_pairs
 from common.run import Run
 
 IGNORE = 255

@@ -18,9 +18,10 @@ from torch import nn
 from torchvision.transforms import v2
 
 import c2f
-from common.data import class_list, find_pairs, read_image
+from common.data import class_list, read_image
 from common.deeplab import DeepLab, build_model
 from common.files import read_log
+from common.layouts import find_pairs
 from common.run import Run
 
 IGNORE = 255

@@ -23,9 +23,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import cag
 from common.cli import Size
-from common.data import Augment, SegmentationDataset, class_list, find_pairs
+from common.data import Augment, SegmentationDataset, class_list
 from common.deeplab import build_model
 from common.files import UserError
+from common.layouts import find_pairs
 from common.run import Options, Run
 
 IGNORE = 255

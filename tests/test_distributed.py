@@ -20,7 +20,7 @@ import pytest
 import torch
 from starts import assert_same_end, children, tensors
 
-from common.data import find_pairs
+from common.layouts import find_pairs
 
 ROOT = Path(__file__).parents[1]
 SMALL = ("--backbone resnet18 --init none --freeze-bn all --source-size 64x32 --target-size 64x32 --workers 0 --log-every 1 "

@@ -17,8 +17,9 @@ import torchvision
 from torch import nn
 
 import fada
-from common.data import Augment, ClassList, SegmentationDataset, class_list, find_pairs
+from common.data import Augment, ClassList, SegmentationDataset, class_list
 from common.deeplab import DeepLab, build_model
+from common.layouts import find_pairs
 
 IGNORE = 255
 

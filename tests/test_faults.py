@@ -22,7 +22,7 @@ from PIL import Image
 from starts import Starts, assert_same_end, children, tensors
 
 import fada
-from common.data import find_pairs
+from common.layouts import find_pairs
 
 SMALL = ("--backbone resnet18 --init none --source-size 64x32 --target-size 64x32 --workers 0 --log-every 1 --save-every 2 "
          "--channels-last").split()

@@ -15,7 +15,7 @@ import torch
 from starts import link_checkpoints
 from test_faults import arguments, starts  # noqa: F401 (a fixture)
 
-from common.data import find_pairs
+from common.layouts import find_pairs
 
 
 def damaged(content: bytes, dice: random.Random) -> bytes:

@@ -18,8 +18,9 @@ from starts import children
 from torch import nn
 
 from common.cli import Size, option
-from common.data import Augment, SegmentationDataset, class_list, find_pairs
+from common.data import Augment, SegmentationDataset, class_list
 from common.files import UserError, load, write_atomically
+from common.layouts import find_pairs
 from common.run import Options, Run
 
 STAGES = {"first": 10, "second": 10}

@@ -19,9 +19,10 @@ from torch import nn
 import sim
 from common import metrics
 from common.cli import Size
-from common.data import Augment, class_list, find_pairs
+from common.data import Augment, class_list
 from common.deeplab import build_model
 from common.files import UserError
+from common.layouts import find_pairs
 from common.run import Options
 
 IGNORE = 255

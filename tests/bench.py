@@ -2,7 +2,7 @@
 
 Each row times two things in turn, several times, and gives the median of the ratios with their range: the machine's load
 and clock fall on both. Some rows: python tests/bench.py NAME ... (the keys of BENCHES, or parts of them); with --json each row
-is a JSON object a line instead. The rows of "accelerator memory" are computed, not measured.
+is one line of JSON instead. The rows of "accelerator memory" are computed, not measured.
 """
 
 from __future__ import annotations
@@ -30,10 +30,12 @@ import c2f
 import cag
 import fada
 import sim
-from common import data, metrics, toycity
+from common import data, layouts, metrics, toycity
 from common.cli import Size
 from common.deeplab import build_model, upsample
 from common.run import Run
+
+LABEL_IDS = [7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33]       # of the 19 classes
 
 
 def timed(function) -> float:
@@ -67,11 +69,11 @@ class StepRun:
     rank, classes = 0, data.class_list("gta5")
     item_seeds = Run.item_seeds
 
-    def __init__(self, bare, batches, iterations: int):
-        self.bare, self.batches, self.iterations, self.pairs = bare, batches, iterations, []
+    def __init__(self, bare, *batches):
+        self.bare, self.batches, self.pairs = bare, batches, []
 
     def stage(self, name, iterations, state, *datasets, batch_size, note=None):
-        for it in range(self.iterations + 1):
+        for it in range(6):
             bare = timed(self.bare)
             begin = time.perf_counter()
             yield it, *self.batches
@@ -89,6 +91,9 @@ class StepRun:
 
     def report(self, **losses):
         pass
+
+    def row(self, name: str, goal: str) -> None:
+        row(name, goal, [a / b for a, b in self.pairs], f"bare {statistics.median(b for _, b in self.pairs):.2f} s")
 
 
 class PassRun:
@@ -130,16 +135,16 @@ def peak_memory(pass_: str, count: int) -> int:
 def _peak_memory(pass_: str, count: int) -> int:
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    run, classes = PassRun(RandomImages(count)), data.class_list("gta5")
+    run = PassRun(RandomImages(count))
     model = build_model("v2" if pass_ == "sim" else "v3+", "resnet18", 19, "none", "all").eval()
     with tempfile.TemporaryDirectory() as name, contextlib.redirect_stdout(None):
         folder = Path(name)
         if pass_ == "cag":
-            cag.label_target(run, cag.Config(), model, cag.source_anchors(run, model, None, 19).nan_to_num(), None, folder)
+            cag.label_target(run, cag.Config(), model, cag.source_anchors(run, model, None).nan_to_num(), None, folder)
         elif pass_ == "c2f":
-            c2f.category_thresholds(c2f.label_target(run, model, None, folder, 19))
+            c2f.label_target(run, c2f.Config(), model, None, folder)
         elif pass_ == "sim":
-            sim.write_pseudo_labels(run, sim.Config(), model, None, folder, classes)
+            sim.write_pseudo_labels(run, sim.Config(), model, None, folder)
         elif pass_ == "bismap sample":                               # full long before the hundredth image
             bismap.fit_prototypes(run, bismap.Config(samples=500, components=2, em_iterations=2), model, None)
         else:
@@ -210,21 +215,18 @@ def fada_step() -> None:
     x_s, x_t = torch.randn(2, 2, 3, 128, 256).unbind()
     y = torch.randint(0, 19, (2, 128, 256))
     model, bare = network_step("v2", [x_s, x_t])
-    run = StepRun(bare, ((x_s, y), (x_t, y)), iterations=5)
-    fada.adversarial(run, fada.Config(lr=1e-6), model, None, None, 19)
-    ratios = [a / b for a, b in run.pairs]
-    row("FADA: adversarial step / bare step (ResNet-101, 2 + 2 images of 256x128)", "at most 1.13", ratios,
-        f"bare {statistics.median(b for _, b in run.pairs):.2f} s")
+    run = StepRun(bare, (x_s, y), (x_t, y))
+    fada.adversarial(run, fada.Config(lr=1e-6), model, None, None)
+    run.row("FADA: adversarial step / bare step (ResNet-101, 2 + 2 images of 256x128)", "at most 1.13")
 
 
 def cag_step() -> None:
     x_s, x_t = torch.randn(2, 1, 3, 256, 512).unbind()
     y_s, y_t, y_p = torch.randint(0, 19, (3, 1, 256, 512)).unbind()
     model, bare = network_step("v3+", [x_s, x_t], "all")
-    run = StepRun(bare, ((x_s, y_s), (x_t, y_s, y_t, y_p)), iterations=5)
+    run = StepRun(bare, (x_s, y_s), (x_t, y_s, y_t, y_p))
     cag.train_stage(run, cag.Config(lr=1e-6), 1, model, torch.randn(19, 256), None, None, 1)
-    row("CAG: stage's step / bare step (ResNet-101, 1 + 1 images of 512x256)", "at most 1.10", [a / b for a, b in run.pairs],
-        f"bare {statistics.median(b for _, b in run.pairs):.2f} s")
+    run.row("CAG: stage's step / bare step (ResNet-101, 1 + 1 images of 512x256)", "at most 1.10")
 
 
 def cag_distances() -> None:
@@ -250,41 +252,38 @@ def cag_passes() -> None:
             model(x)
 
     with tempfile.TemporaryDirectory() as folder:
-        passes = {"anchor": lambda: cag.source_anchors(run, model, None, 19),
+        passes = {"anchor": lambda: cag.source_anchors(run, model, None),
                   "pseudo-label": lambda: cag.label_target(run, cag.Config(), model, anchors, None, Path(folder))}
         for name, function in passes.items():
             ratios, _, bare = interleaved(function, plain, 3)
             row(f"CAG: {name} pass / plain inference (ResNet-101, images of 1024x512)", "at most 1.20", ratios,
-                f"inference {bare / len(images):.2f} s an image")
+                f"inference {bare / len(images):.2f} s per image")
 
 
 def c2f_step() -> None:
     x_s, x_t = torch.randn(2, 1, 3, 256, 512).unbind()
-    y_s, y_t, bins = torch.randint(0, 19, (3, 1, 256, 512)).unbind()
+    y_s, y_t = torch.randint(0, 19, (2, 1, 256, 512)).unbind()
     model, bare = network_step("v3+", [x_s, x_t, x_t], "all")
-    run = StepRun(bare, ((x_s, y_s), (x_t, y_s, y_t, bins)), iterations=5)
+    run = StepRun(bare, (x_s, y_s), (x_t, y_s, y_t))
     centers = c2f.category_centers(torch.randn(19, 256), torch.ones(19))
-    c2f.train_step(run, c2f.Config(step_lr=1e-6), 1, model, centers, torch.zeros(19), None, None)
-    row("C2F: a step's iteration / bare step (ResNet-101, 1 + 1 + 1 images of 512x256)", "at most 1.10",
-        [a / b for a, b in run.pairs], f"bare {statistics.median(b for _, b in run.pairs):.2f} s")
+    c2f.train_step(run, c2f.Config(step_lr=1e-6), 1, model, centers, None, None)
+    run.row("C2F: a step's iteration / bare step (ResNet-101, 1 + 1 + 1 images of 512x256)", "at most 1.10")
 
 
 def sim_step() -> None:
     x_s, x_t = torch.randn(2, 1, 3, 256, 512).unbind()
     y_s = torch.randint(0, 19, (1, 16, 32)).repeat_interleave(16, 1).repeat_interleave(16, 2)
     model, bare = network_step("v2", [x_s, x_t])
-    run, cfg = StepRun(bare, ((x_s, y_s), (x_t, y_s)), iterations=5), sim.Config(lr=1e-6)
-    sim.train_step(run, cfg, 1, model, *sim.make_banks(run, cfg, data.class_list("gta5"), model.feat_channels), None, None)
-    row("SIM: step 1's iteration / bare step (ResNet-101, 1 + 1 images of 512x256; D included)", "at most 1.25",
-        [a / b for a, b in run.pairs], f"bare {statistics.median(b for _, b in run.pairs):.2f} s")
+    run, cfg = StepRun(bare, (x_s, y_s), (x_t, y_s)), sim.Config(lr=1e-6)
+    sim.train_step(run, cfg, 1, model, *sim.make_banks(run, cfg, model.feat_channels), None, None)
+    run.row("SIM: step 1's iteration / bare step (ResNet-101, 1 + 1 images of 512x256; D included)", "at most 1.25")
 
 
 def sim_matching() -> None:
     """The grid of a 1024x512 image: 8 stuff classes, 60 regions of thing classes, full banks."""
     torch.manual_seed(0)
     feat = torch.randn(1, 2048, 65, 129, requires_grad=True)
-    run, cfg, classes = PassRun([]), sim.Config(), data.class_list("gta5")
-    stuff, things = sim.make_banks(run, cfg, classes, 2048)
+    stuff, things = sim.make_banks(PassRun([]), sim.Config(), 2048)
     label_map = torch.tensor(stuff.classes)[torch.arange(65) * 8 // 65][:, None].repeat(1, 129)[None]
     for r in range(60):
         y, x = 2 + r // 12 * 12, 2 + r % 12 * 10
@@ -313,15 +312,15 @@ def sim_matching() -> None:
 def c2f_alignment() -> None:
     from skimage import color, exposure
     with tempfile.TemporaryDirectory() as folder:
-        source, reference = (data.read_image(pair.image).float() / 255 for pair in gta5_files(Path(folder), 2))
+        images = [data.read_image(pair.image) for pair in gta5_files(Path(folder), 2)]
 
     def theirs(source, reference):
         lab, lab_n = (color.rgb2lab(x.permute(1, 2, 0).numpy()) for x in (source, reference))
         color.lab2rgb(exposure.match_histograms(lab, lab_n, channel_axis=-1))
 
     for coarse in (1, 4):                                            # every level, every fourth
-        pair = [(255 * x / coarse).round() * coarse / 255 for x in (source, reference)]
-        colors = c2f.distinct_colors(pair[0])[0].shape[1]
+        pair = [(image // coarse * coarse).float() / 255 for image in images]
+        colors = c2f.distinct_colors(pair[0])[0].shape[2]
         ratios, theirs_s, ours_s = interleaved(lambda pair=pair: theirs(*pair),
                                                lambda pair=pair: c2f.photometric_align(*pair), 5)
         row("C2F: seconds of scikit-image (rgb2lab, match_histograms, lab2rgb) / photometric_align, exact (1914x1052, "
@@ -364,22 +363,22 @@ def bismap_step() -> None:
         step()
         with torch.no_grad():
             model(x_t)
-    run = StepRun(bare, ((x_s, y_s, w), (x_t, y_s, y_t)), iterations=5)
+    run = StepRun(bare, (x_s, y_s, w), (x_t, y_s, y_t))
     bismap.self_train(run, bismap.Config(adapt_lr=1e-6), model, None, None)
-    row("BiSMAP: self-training's iteration / bare steps (ResNet-101, 1 + 1 images of 512x256)", "at most 1.15",
-        [a / b for a, b in run.pairs], f"bare {statistics.median(b for _, b in run.pairs):.2f} s")
+    run.row("BiSMAP: self-training's iteration / bare steps (ResNet-101, 1 + 1 images of 512x256)", "at most 1.15")
 
 
 def gta5_files(root: Path, count: int) -> list[data.Pair]:
     """Files of GTA5's size and kind; the image is smooth noise, so that decoding costs what a photograph costs."""
-    rng = np.random.default_rng(0)
-    pairs = []
+    rng, pairs = np.random.default_rng(0), []
+    palette = np.zeros((256, 3), np.uint8)
+    palette[LABEL_IDS] = data.class_list("gta5").colors
     for k in range(count):
         small = Image.fromarray(rng.integers(0, 256, (105, 191, 3), dtype=np.uint8)).resize((1914, 1052), Image.BICUBIC)
         noisy = np.clip(np.asarray(small, dtype=np.int16) + rng.integers(-6, 7, (1052, 1914, 3)), 0, 255).astype(np.uint8)
         blocks = rng.choice([7, 8, 11, 21, 23, 26], (66, 120)).astype(np.uint8)
         label = Image.fromarray(blocks).resize((1914, 1052), Image.NEAREST)
-        label.putpalette(list(range(256)) * 3)
+        label.putpalette(palette.tobytes())
         Image.fromarray(noisy).save(root / f"{k}.png")
         label.save(root / f"{k}_label.png")
         pairs.append(data.Pair(root / f"{k}.png", root / f"{k}_label.png", str(k)))
@@ -387,7 +386,7 @@ def gta5_files(root: Path, count: int) -> list[data.Pair]:
 
 
 def pillow_item(pair: data.Pair, ids: dict[int, int]) -> tuple[np.ndarray, np.ndarray]:
-    """What the usual loaders do: Pillow, NumPy, one comparison a class."""
+    """What the usual loaders do: Pillow, NumPy, one comparison per class."""
     image = Image.open(pair.image).convert("RGB").resize((1280, 720), Image.BILINEAR)
     ids_map = np.asarray(Image.open(pair.label).resize((1280, 720), Image.NEAREST), dtype=np.float32)
     label = np.full(ids_map.shape, 255, dtype=np.float32)
@@ -399,19 +398,19 @@ def pillow_item(pair: data.Pair, ids: dict[int, int]) -> tuple[np.ndarray, np.nd
 
 def loading() -> None:
     """Milliseconds of one image of each data set, from files in its format: reading, resizing, jitter, alignment."""
-    def seconds(pairs, domain, size, jitter, alter=None):
+    def seconds(pairs, domain, size, jitter, transform=None):
         augment = data.Augment(jitter=jitter)
-        dataset = data.SegmentationDataset(pairs, domain, data.class_list(domain), size, augment, alter=alter)
+        dataset = data.SegmentationDataset(pairs, domain, data.class_list(domain), size, augment, transform=transform)
         return statistics.median(timed(lambda: dataset[0, 0]) for _ in range(5))
 
     def align(image, seed, name):
-        return c2f.photometric_align(image, image.flip(-1) * 0.8)
+        return c2f.photometric_align(image, (204 * image.flip(-1)).round() / 255)       # of 256 levels, as files are
 
     with tempfile.TemporaryDirectory() as name:
         toycity.render(name, seed=0, train=6, val=1, size=Size(2048, 1024))
         for domain, size in (("gta5", Size(1280, 720)), ("synthia", Size(1280, 760)), ("cityscapes", Size(1024, 512)),
                              ("crosscity", Size(1024, 512))):
-            pairs = data.find_pairs(name, domain, "train", city="Rome")
+            pairs = layouts.find_pairs(name, domain, "train", city="Rome")
             own, resized = seconds(pairs, domain, None, 0.0), seconds(pairs, domain, size, 0.0)
             jittered, aligned = seconds(pairs, domain, size, 0.5), seconds(pairs, domain, size, 0.0, align)
             row(f"loader: a {domain} file of 2048x1024 (toy city), resized to {size} / at its own size", "", [resized / own],
@@ -435,7 +434,7 @@ def precision() -> None:
 
 
 def loader() -> None:
-    ids = dict(zip([7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33], range(19), strict=True))
+    ids = {file_id: index for index, file_id in enumerate(LABEL_IDS)}
     with tempfile.TemporaryDirectory() as folder:
         pairs = gta5_files(Path(folder), 4)
         for jitter in (0.0, 0.5):
@@ -443,7 +442,7 @@ def loader() -> None:
                                                data.Augment(flip=True, jitter=jitter))
             ratios, plain, ours = interleaved(lambda: [pillow_item(pair, ids) for pair in pairs],
                                               lambda dataset=dataset: [dataset[k, k] for k in range(len(pairs))], 5)
-            row(f"loader: images a second / plain Pillow loop's (GTA5, one process, jitter {jitter}; the loop has none)",
+            row(f"loader: images per second / plain Pillow loop's (GTA5, one process, jitter {jitter}; the loop has none)",
                 "above 1" if not jitter else "", ratios, f"{4 / ours:.1f} against {4 / plain:.1f} images/s")
 
 
@@ -453,9 +452,8 @@ def evaluation() -> None:
     classes = data.class_list("gta5")
     with tempfile.TemporaryDirectory() as folder:
         names = [Path(folder) / f"x_{kind}.png" for kind in ("gtFine_labelIds", "pred")]
-        ids = np.array([7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33])
         for name in names:
-            small = Image.fromarray(rng.choice(ids, (128, 256)).astype(np.uint8))
+            small = Image.fromarray(rng.choice(LABEL_IDS, (128, 256)).astype(np.uint8))
             small.resize((2048, 1024), Image.NEAREST).save(name)
 
         def ours():

@@ -88,7 +88,7 @@ class Start:
 
 class Starts:
     """`start(script, argv)` starts a script; `file_limit` bounds the bytes of a file, as a full disk does; `nan_at` makes the
-    image of this data set access NaN."""
+    image of this data set access NaN; `slow_at` makes this access last, `(number, seconds)`."""
 
     def __init__(self, folder: Path):
         self.folder, self.count, self.ended = folder, 0, {}
@@ -97,11 +97,13 @@ class Starts:
         os.set_blocking(self.server.stdout.fileno(), False)
         self.buffer, self.pids = b"", []
 
-    def start(self, script: str, argv: list[str], file_limit: int | None = None, nan_at: int | None = None) -> Start:
+    def start(self, script: str, argv: list[str], file_limit: int | None = None, nan_at: int | None = None,
+              slow_at: tuple[int, float] = (-1, 0)) -> Start:
         self.count += 1
         output = self.folder / f"output-{self.count}"
         output.touch()
-        job = {"script": script, "argv": argv, "output": str(output), "file_limit": file_limit, "nan_at": nan_at}
+        job = {"script": script, "argv": argv, "output": str(output), "file_limit": file_limit, "nan_at": nan_at,
+               "slow_at": slow_at}
         self.server.stdin.write(json.dumps(job).encode() + b"\n")
         self.server.stdin.flush()
         known, end = len(self.pids), time.monotonic() + 120
@@ -138,13 +140,15 @@ def child(job: dict, output: int) -> None:
     sys.stdout, sys.stderr = (open(fd, "w", buffering=1, closefd=False) for fd in (1, 2))
     if job["file_limit"] is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (job["file_limit"], resource.RLIM_INFINITY))
-    if job["nan_at"] is not None:
+    if job["nan_at"] is not None or job["slow_at"][1]:
         from common.data import SegmentationDataset
         count, item = iter(range(10**9)), SegmentationDataset.__getitem__
 
         def poisoned(self, key):
             image, *rest = item(self, key)
-            return (image * float("nan") if next(count) == job["nan_at"] else image), *rest
+            number = next(count)
+            time.sleep(job["slow_at"][1] * (number == job["slow_at"][0]))
+            return (image * float("nan") if number == job["nan_at"] else image), *rest
         SegmentationDataset.__getitem__ = poisoned
     importlib.import_module(job["script"]).main(job["argv"])
 

@@ -8,9 +8,13 @@ import itertools
 import json
 import multiprocessing
 import os
+import pty
 import random
+import shlex
 import shutil
 import signal
+import subprocess
+import sys
 import time
 import traceback
 from multiprocessing.connection import Connection
@@ -22,8 +26,10 @@ from PIL import Image
 from starts import Starts, assert_same_end, children, tensors
 
 import fada
+from common.data import batch_order, derive_seed
 from common.layouts import find_pairs
 
+ROOT = Path(__file__).parents[1]
 SMALL = ("--backbone resnet18 --init none --source-size 64x32 --target-size 64x32 --workers 0 --log-every 1 --save-every 2 "
          "--channels-last").split()
 FLAGS = {
@@ -170,11 +176,13 @@ def test_an_image_that_becomes_unreadable_and_a_worker_that_is_killed(starts, ci
     data = tmp_path / "data"
     shutil.copytree(city, data)
     argv = arguments("fada", data, tmp_path, "--workers", "1")
-    image = find_pairs(data, "gta5")[3].image                     # of eight, in three batches of two, all in one epoch
+    third = list(batch_order(8, 2, 3, derive_seed(0, "source", 0)))[2]
+    image = find_pairs(data, "gta5")[third[0][0]].image
     content = image.read_bytes()
     image.write_bytes(content[:len(content) // 2])
-    status, text = starts.run("fada", argv)
+    status, text = starts.run("fada", [*argv, "--save-every", "1000"])
     assert status == 2 and str(image) in text and "damaged" in text and "Traceback" not in text, text
+    assert torch.load(tmp_path / "fada-gta5/last.pt", weights_only=True)["iteration"] == 2
     image.write_bytes(content)
 
     start = starts.start("fada", [*argv, "--tag", "long", "--source-iterations", "5000"])
@@ -233,6 +241,91 @@ def test_a_worker_that_is_killed_while_a_checkpoint_is_written(city, tmp_path, m
     error = capsys.readouterr().err
     assert kills and stop.value.code == 2 and "error: a process that loads images was killed" in error, error
     assert torch.load(tmp_path / "fada-gta5/last.pt", weights_only=True)["iteration"] >= 2
+
+
+LONG = ("--source-iterations", "5000", "--save-every", "1000")
+
+
+def test_a_second_ctrl_c_ends_at_once_and_the_first_says_so(starts, city, tmp_path):
+    """Amid an iteration that takes a minute; the word comes before it ends, and there is no traceback."""
+    start = starts.start("fada", arguments("fada", city, tmp_path, *LONG), slow_at=(4, 60))
+    start.until("source 2/5000")
+    start.kill(signal.SIGINT)
+    start.until("stopping after this iteration; once more: stop now, losing 3 iterations")
+    time.sleep(2.1)                                               # what comes sooner is a scheduler's repetition
+    start.kill(signal.SIGINT)
+    assert start.wait(20) == -signal.SIGINT and "Traceback" not in start.text and "KeyboardInterrupt" not in start.text
+    assert not (tmp_path / "fada-gta5/last.pt").exists()
+
+
+def test_a_signal_that_comes_twice_at_once_is_one(starts, city, tmp_path):
+    start = starts.start("fada", arguments("fada", city, tmp_path, *LONG), slow_at=(4, 3))
+    start.until("source 2/5000")
+    start.kill(signal.SIGTERM)
+    start.until("stopping after this iteration")
+    start.kill(signal.SIGTERM)
+    assert start.wait() == 128 + signal.SIGTERM and start.text.count("stopping after") == 1
+    assert torch.load(tmp_path / "fada-gta5/last.pt", weights_only=True)["iteration"] == 3
+
+
+def test_a_terminal_that_is_closed(city, tmp_path):
+    """As by the end of a ssh session: SIGHUP, and nothing can be printed any more."""
+    line = [sys.executable, str(ROOT / "fada.py"), *arguments("fada", city, tmp_path, *LONG)]
+    pid, terminal = pty.fork()
+    if pid == 0:
+        os.execv(sys.executable, line)
+    printed = b""
+    while b"source 2/5000" not in printed:
+        printed += os.read(terminal, 1000)
+    os.close(terminal)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 128 + signal.SIGHUP
+    assert torch.load(tmp_path / "fada-gta5/last.pt", weights_only=True)["iteration"] >= 2
+
+
+def test_a_pipe_that_is_closed(city, tmp_path):
+    """`| head`: no traceback, and what is trained is kept."""
+    for more, words, statuses in (["--help"], "", {0, 141}), (LONG, "source 2/5000", {128 + signal.SIGPIPE}):
+        line = [sys.executable, str(ROOT / "fada.py"), *arguments("fada", city, tmp_path, *more)]
+        process = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        while words and words not in process.stdout.readline():
+            pass
+        process.stdout.close()
+        assert process.stderr.read() == "" and process.wait(60) in statuses
+    assert torch.load(tmp_path / "fada-gta5/last.pt", weights_only=True)["iteration"] >= 2
+
+
+def test_the_line_that_resumes_works_from_another_folder(starts, city, tmp_path):
+    """Though --data and --runs are relative."""
+    argv = arguments("fada", Path(os.path.relpath(city, ROOT)), Path(os.path.relpath(tmp_path, ROOT)), "--stage", "source")
+    start = starts.start("fada", argv, slow_at=(2, 3))
+    start.until("source 1/3")
+    start.kill(signal.SIGINT)
+    assert start.wait() == 128 + signal.SIGINT, start.text
+    line = start.text.split("stopped; resume with: ")[1].strip()
+    done = subprocess.run(line, shell=True, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0 and "resuming at iteration 2" in done.stdout, done.stderr
+    assert os.listdir(tmp_path) == ["fada-gta5"]
+
+
+def test_shared_memory_that_is_full(city, tmp_path):
+    """As in a container: two megabytes of it, in a namespace of its own, where that is allowed."""
+    line = shlex.join([sys.executable, str(ROOT / "fada.py"), *arguments("fada", city, tmp_path, "--workers", "1"),
+                       "--source-size", "512x256", "--batch-size", "4"])
+    small = "mount -t tmpfs -o size=2m tmpfs /dev/shm || exit 77"
+    inside = ["unshare", "--mount", "--map-root-user", "sh", "-c", f"{small}; {line}"]
+    done = subprocess.run(inside, capture_output=True, text=True) if shutil.which("unshare") else None
+    if done is None or done.returncode in (1, 77) and "error: the shared" not in done.stderr:
+        pytest.skip("no namespaces here")
+    assert done.returncode == 2 and "start the container with --shm-size 8g, or use --workers 0" in done.stderr, done.stderr
+    assert done.stderr.count("\n") == 1, done.stderr
+
+
+def test_where_the_system_has_neither_process_groups_nor_alarms(city, tmp_path, monkeypatch):
+    """As Windows, which has no SIGHUP either."""
+    for module, name in ((os, "setpgid"), (signal, "alarm"), (signal, "SIGHUP")):
+        monkeypatch.delattr(module, name)
+    fada.main(arguments("fada", city, tmp_path, "--workers", "1", "--stage", "source"))
+    assert (tmp_path / "fada-gta5/source.pt").exists()
 
 
 def test_nan_in_a_batch(starts, city, tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import json
 import os
 import shutil
@@ -11,12 +12,14 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from starts import children
 from torch import nn
 
+from common import files
 from common.cli import Size, option
 from common.data import Augment, SegmentationDataset, class_list
 from common.files import UserError, load, write_atomically
@@ -84,7 +87,7 @@ def log_lines(run: Run) -> list[dict]:
 
 
 @pytest.mark.parametrize("stop", [0, 3, 4, 8])
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_stopped_and_resumed_equals_undisturbed(make, stop, number, capsys):
     run, whole, dataset = make(tag="whole")
     assert train(run, whole, dataset) == list(range(10))
@@ -101,6 +104,42 @@ def test_stopped_and_resumed_equals_undisturbed(make, stop, number, capsys):
     assert all(torch.equal(a, b) for a, b in zip(tensors(state), expected, strict=True))
     assert [line["iteration"] for line in log_lines(run)][-3:] == [8, 9, 10]
     assert not (run.folder / "last.pt").exists()
+
+
+def test_a_signal_that_is_ignored_stays_ignored(make):
+    """As SIGHUP is under nohup."""
+    handler = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        run, state, dataset = make()
+        assert len(train(run, state, dataset, at=lambda it, loss: (os.kill(os.getpid(), signal.SIGHUP), loss)[1])) == 10
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, handler)
+
+
+def test_what_is_trained_is_kept_when_an_image_becomes_unreadable_while_it_is_evaluated_too(make):
+    run, state, dataset, _ = watched(make, save_every=100)
+
+    def fail(k):
+        raise UserError("cannot read x.png")
+
+    interrupt(run, fail)
+    with pytest.raises(UserError, match="cannot read x.png"):
+        train(run, state, dataset)
+    assert load(run.folder / "last.pt")["iteration"] == 5
+    assert [line["iteration"] for line in log_lines(run)] == [3, 5]
+
+
+def test_a_pass_over_images_shows_how_far_it_is(make, monkeypatch, capsys):
+    """A line each half minute, by a clock that goes on twenty seconds per look, also amid a stage."""
+    clock = itertools.count(step=20)
+    run, state, dataset, _ = watched(make)
+    monkeypatch.setattr(files, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+    capsys.readouterr()
+    list(run.sweep("labels", dataset))
+    assert capsys.readouterr().out.splitlines() == [f"labels: image {k} of 8" for k in (2, 4, 6, 8)]
+    train(run, state, dataset)
+    assert "first 5: image 2 of 3\n" in capsys.readouterr().out
 
 
 def test_killed_between_checkpoints_repeats_iterations_and_log_lines(make):

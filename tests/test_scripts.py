@@ -100,8 +100,8 @@ def test_help_and_import_have_no_side_effects(script, tmp_path):
     subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True, capture_output=True)
     assert os.listdir(tmp_path) == []
     shown = subprocess.run([sys.executable, str(ROOT / f"{script}.py"), "--help"], cwd=tmp_path, check=True,
-                           capture_output=True, text=True)
-    assert "Departures:" in shown.stdout and os.listdir(tmp_path) == []
+                           capture_output=True, encoding="gbk", env={**os.environ, "PYTHONIOENCODING": "gbk"})
+    assert "Departures:" in shown.stdout and "paper: ?" in shown.stdout and os.listdir(tmp_path) == []
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

@@ -280,11 +280,11 @@ class Run:
         """Evaluate a stage on labelled images, write the result into results.json and a picture, print the run's table so far.
         `tests`: name of each test mode -> keyword arguments of `metrics.predict`."""
         from common import checks
-        if self.options.predict:
-            return dataset.write(self, name, model, next(iter(tests.values())))
         if self.options.export and self.rank == 0:               # a later stage's model replaces it
             from common import published
             published.export(Path(self.options.export), model, self.classes.names)
+        if self.options.predict:
+            return dataset.write(self, name, model, next(iter(tests.values())))
         checks.inspect(self)
         results = {**({} if self.options.eval else self.results()), name: {} if dataset.labelled else None}
         for test, how in tests.items() if dataset.labelled else ():

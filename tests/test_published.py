@@ -6,6 +6,7 @@ ResNet-18 where the forward pass does not.
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import copy
 import json
@@ -205,6 +206,10 @@ def adaptsegnet(backbone: str = "resnet50", trained: int = 2, counters: bool = T
     return encoder(backbone, "", counters) | summed_head("layer5.", 1024) | summed_head("layer6.", trained=trained)
 
 
+def clan() -> dict:
+    return encoder("resnet50", "") | summed_head("layer5.") | summed_head("layer6.")
+
+
 def fada_file(backbone: str = "resnet50", frozen: bool = True) -> dict:
     return {"iteration": 40000, "feature_extractor": encoder(backbone, "backbone.", not frozen), "classifier": summed_head(""),
             "model_D": {f"{name}.{part}": torch.randn(2, 2) for name in ("D.0", "D.2", "cls1", "cls2")
@@ -227,6 +232,8 @@ FAMILIES = {
                ["sums 4 branches", "--branches 2"]),
     "BDL": ("v2", lambda: {f"module.{k}": v for k, v in (encoder("resnet50", "") | summed_head("layer5.")).items()}, None, bgr,
             lambda c, x: caffe_forward({k.removeprefix("module."): v for k, v in c.items()}, x, "layer5", 4), ["BDL, FDA"]),
+    "CLAN": ("v2", clan, None, bgr, lambda c, x: caffe_forward(c, x, "layer5", 4) + caffe_forward(c, x, "layer6", 4),
+             ["CLAN, DeepLab v2, the head of layer5 + layer6 sums 4 branches", "BGR"]),
     "FADA, frozen": ("v2", fada_file, None, imagenet,
                      lambda c, x: fada_forward(c["feature_extractor"] | c["classifier"], x, 0.0),
                      ["FADA, DeepLab v2", "eps 0", "left out iteration, model_D, optimizer_fea"]),
@@ -361,6 +368,129 @@ def test_weights_converted_from_caffe_initialise_the_encoder(tmp_path, caffe, ca
         build_model("v2", "resnet18", K, path)
     assert not build_model("v2", "resnet18", K, path, partial_init=True).complete
     assert "BGR 0-255 minus Caffe's mean" in capsys.readouterr().out
+
+
+def test_what_names_do_not_tell_is_said_and_overruled(tmp_path, capsys):
+    """CRST has BDL's names and ImageNet's input; tllib has FADA's names and Caffe's network."""
+    torch.manual_seed(0)
+    content = encoder("resnet50", "") | summed_head("layer5.")
+    path = save(tmp_path / "crst.pth", content)
+    build_model("v2", "resnet50", K, path)
+    assert "CRST has these names too: --input imagenet; " in capsys.readouterr().out
+    compare(build_model("v2", "resnet50", K, path, input="imagenet"), content, imagenet, FAMILIES["BDL"][4])
+    assert "CRST" not in capsys.readouterr().out
+    flat = encoder("resnet50", "backbone.") | summed_head("classifier.")
+    path = save(tmp_path / "tllib.pth", {"model": flat, "best_miou": 44.1})
+    build_model("v2", "resnet50", K, path)
+    assert "tllib's network on Caffe's ResNet has these names too: --input bgr255; " in capsys.readouterr().out
+    model = build_model("v2", "resnet50", K, path, input="bgr255")
+    compare(model, flat, bgr, lambda c, x: branches(c, "classifier.", resnet(
+        c, "backbone.", x, (1, 2, 1, 1), (1, 1, 2, 4), (1, 1, 2, 4), caffe=True)[1], 4))
+    build_model("v2", "resnet50", K, save(tmp_path / "fada.pth", fada_file()))
+    assert "tllib" not in capsys.readouterr().out.splitlines()[-1]
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "model.", "module.module.", "_orig_mod.module.",
+                                    "model._orig_mod."])
+def test_prefixes_of_wrappers_are_taken_away(prefix, tmp_path, caffe):
+    path = save(tmp_path / "file.pth", {"state_dict": {f"{prefix}{key}": value for key, value in caffe.items()}})
+    model = build_model("v2", "resnet18", K, path)
+    assert model.complete and torch.equal(model.encoder.conv1.weight, caffe["conv1.weight"])
+
+
+def test_one_of_several_networks(tmp_path, caffe, capsys):
+    """`model` is taken, and what lies beside it is said; without it, one is asked for; --entry picks."""
+    other = {key: value + 1 if value.is_floating_point() else value for key, value in caffe.items()}
+
+    def loaded(content, **how) -> tuple[float, str]:
+        capsys.readouterr()
+        model = build_model("v2", "resnet18", K, save(tmp_path / "file.pth", content), **how)
+        added = (model.encoder.conv1.weight - caffe["conv1.weight"]).mean().item()
+        return round(added, 3), capsys.readouterr().out
+
+    optimizer = {"state": {0: {"momentum_buffer": torch.zeros(2)}}, "param_groups": []}
+    beside = {"epoch": 3, "optimizer": optimizer, "model": caffe, "model_ema": {"module." + k: v for k, v in other.items()}}
+    added, line = loaded(beside)
+    assert added == 0 and "beside it model_ema (--entry model_ema); " in line
+    assert loaded(beside, entry="model_ema")[0] == 1 and loaded(beside, entry="model")[0] == 0
+    added, line = loaded({"ema": other, "optimizer": optimizer, "epoch": 3})
+    assert added == 1 and "entry ema; " in line                                # the only one there is
+    flat = {f"module.model.{k}": v for k, v in caffe.items()} | {f"module.ema_model.{k}": v for k, v in other.items()}
+    added, line = loaded({"state_dict": flat})
+    assert added == 0 and "beside it ema_model (--entry ema_model); " in line
+    assert loaded({"state_dict": flat}, entry="ema_model")[0] == 1
+    two = {"student": caffe, "teacher": {"state_dict": other}, "optimizer": optimizer}
+    assert loaded(two, entry="teacher")[0] == 1
+    for content, entry, words in (
+            (two, None, "holds several networks .student, teacher.: pick one, for example --entry student"),
+            (beside, "teacher", "has no --entry teacher; its networks are model, model_ema"),
+            (caffe, "ema", "has no --entry ema; its networks are not in entries, leave it out")):
+        with pytest.raises(UserError, match=words) as error:
+            loaded(content, entry=entry)
+        assert "file.pth" in str(error.value) and "\n" not in str(error.value)
+    semantic = {**caffe, "semantic.weight": torch.zeros(1)}                    # "ema" amid a word is no copy
+    assert loaded(semantic)[0] == 0
+
+
+def test_entry_on_the_command_line(city, tmp_path, caffe, capsys):
+    """Of an --init and of a published --from file, and of this project's checkpoint; it belongs to the run."""
+    path = save(tmp_path / "file.pth", {"student": without(caffe, "conv2d_list"), "teacher": caffe})
+    where = ["--data", str(city), "--runs", str(tmp_path / "runs"), *SMALL.split(), "--stage", "source"]
+    where += ["--source-iterations", "1"]
+    fada.main([*where, "--init", path, "--entry", "teacher"])
+    assert "entry teacher; " in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        fada.main([*where, "--init", path, "--entry", "student"])
+    assert "--entry (teacher -> student)" in capsys.readouterr().err
+    fada.main([*where, "--eval", "--from", path, "--entry", "teacher"])
+    with pytest.raises(SystemExit):
+        fada.main([*where, "--eval", "--from", path, "--entry", "student"])
+    assert "neither a checkpoint of this project nor a trained network" in capsys.readouterr().err
+    own = torch.load(tmp_path / "runs/fada-gta5/source.pt", weights_only=True)
+    own["state"]["teacher"] = {key: value + 1 for key, value in own["state"]["model"].items()}
+    read = read_checkpoint(save(tmp_path / "own.pt", own), "source", None, "teacher")
+    assert torch.equal(read["state"]["model"]["head.branches.0.bias"], own["state"]["model"]["head.branches.0.bias"] + 1)
+    with pytest.raises(UserError, match="own.pt has no --entry ema; it holds model, teacher"):
+        read_checkpoint(tmp_path / "own.pt", "source", None, "ema")
+
+
+def normalised_head(prefix: str, channels: int) -> dict[str, Tensor]:
+    """ProDA's and MRNet's: branches of convolution and norm, a bottleneck, a 1x1 classifier."""
+    state = {f"{prefix}conv2d_list.{k}.0.weight": torch.zeros(2, channels, 1 if k == 0 else 3, 1 if k == 0 else 3)
+             for k in range(5)}
+    state |= {f"{prefix}conv2d_list.{k}.1.weight": torch.zeros(2) for k in range(5)}
+    return state | {f"{prefix}bottleneck.1.weight": torch.zeros(2, 10, 3, 3), f"{prefix}head.1.weight": torch.zeros(K, 2, 1, 1)}
+
+
+def test_what_cannot_be_read_says_how_to_save_it(tmp_path, caffe, monkeypatch):
+    plain = without(caffe, "conv2d_list")
+    module = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
+    old = {"args": argparse.Namespace(lr=0.1), "state_dict": caffe}
+    cut = clan() | {"layer5.conv2d_list.1.bias": torch.zeros(3)}
+    whole = "holds a whole module.*torch.save.model.state_dict.., FILE"
+    cases = {
+        "ProDA": ({"ResNet101": {"model_state": plain | normalised_head("layer5.", 512)}, "iter": 3},
+                  r"layer5.conv2d_list.0.0., as MRNet and ProDA, .*torch.save\({'Scale.' \+ k: v for k, v in state.items"),
+        "MRNet": (plain | normalised_head("layer5.", 256) | normalised_head("layer6.", 768), "layer6.conv2d_list.0.0.*Scale"),
+        "module": (module, whole), "inside": ({"model": module, "epoch": 3}, whole),
+        "beside": ({"model": 3, "ema": module}, whole),
+        "CLAN": (cut, "two heads on the same features, layer5 and layer6, as CLAN, but of different shapes"),
+    }
+    for name, (content, words) in cases.items():
+        path = save(tmp_path / f"{name}.pth", content)
+        with pytest.raises(UserError, match=words) as error:
+            build_model("v2", "resnet18", K, path)
+        assert path in str(error.value) and "\n" not in str(error.value)
+    # The way out works: ProDA's encoder as initial weights of Caffe's network.
+    state = cases["ProDA"][0]["ResNet101"]["model_state"]
+    path = save(tmp_path / "out.pth", {"Scale." + k: v for k, v in state.items() if k[:6] not in ("layer5", "layer6")})
+    model = build_model("v2", "resnet18", K, path)
+    assert model.structure.stride_first and torch.equal(model.encoder.conv1.weight, caffe["conv1.weight"])
+
+    assert build_model("v2", "resnet18", K, save(tmp_path / "new.pth", old)).complete
+    path = save(tmp_path / "old.pth", old, _use_new_zipfile_serialization=False)
+    with pytest.raises(UserError, match="it holds argparse.Namespace, which is not read from files as old as this; .*save"):
+        build_model("v2", "resnet18", K, path)
 
 
 # ------------------------------------------------------------------------------------------------- what is refused

@@ -739,7 +739,7 @@ def test_sizes_of_self_distillation(flags, target, large, crop, city, tmp_path, 
         fada.main(["--runs", str(tmp_path), *flags.split()])
     assert checked == [(large, crop)] and augments == [Augment(flip=True, jitter=0.5), Augment(
         flip=True, jitter=0.5, scale=(0.5, 1.5), crop=fada.Size(*crop))]
-    assert sizes == {("cityscapes", "val"): [target, large]}
+    assert sizes == {("target", "val"): [target, large]}
 
 
 @pytest.mark.parametrize(("flags", "words"), [

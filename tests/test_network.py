@@ -106,7 +106,7 @@ def test_bismaps_encoder_must_be_a_resnet(edited, city, tmp_path, capsys):
 class Net(nn.Module):
     def __init__(self, num_classes: int):
         super().__init__()
-        self.encoder = nn.Sequential(nn.Conv2d(3, 4, 3, 2, 1), nn.BatchNorm2d(4))
+        self.encoder = nn.Sequential(nn.Conv2d(3, 4, 3, 2, 1), nn.BatchNorm2d(4, eps=0.1))
         self.rest = nn.Sequential(nn.Conv2d(4, 6, 1), nn.BatchNorm2d(6))
         self.head = nn.Conv2d(6, num_classes, 1)
 
@@ -188,7 +188,7 @@ def test_its_input_and_its_weights(tmp_path, capsys):
     with torch.no_grad():
         assert torch.equal(model(x)[1], own(x)[1])
         converted = build_model(Net, "resnet18", 5, str(file), "none", input="bgr255")
-        assert converted.structure == Structure(input="bgr255")
+        assert converted.structure == Structure(input="bgr255") and converted.module.encoder[1].eps == 0.1
         assert torch.allclose(converted.eval()(x)[1], own(converted.prepare(x))[1])
         assert not torch.allclose(converted(x)[1], own(x)[1])
     export(tmp_path / "again.pth", model, tuple("abcde"))
@@ -201,5 +201,8 @@ def test_its_input_and_its_weights(tmp_path, capsys):
     with pytest.raises(UserError, match="2 of its weights are missing or have another shape, 1 are left over .rest.0.weight"):
         build_model(Net, "resnet18", 5, str(file))
     assert not build_model(Net, "resnet18", 5, str(file), partial_init=True).complete
+    torch.save({**trained.state_dict(), "odd.weight": torch.zeros(1)}, file)
+    with pytest.raises(UserError, match="0 of its weights are missing or have another shape, 1 are left over .odd.weight"):
+        build_model(Net, "resnet18", 5, str(file))
     initial = build_model(Net, "resnet18", 5, "imagenet")                      # as its constructor makes it
     assert not initial.complete and initial.frozen_bn == "encoder"

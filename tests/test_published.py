@@ -428,8 +428,7 @@ def test_one_of_several_networks(tmp_path, caffe, capsys):
         with pytest.raises(UserError, match=words) as error:
             loaded(content, entry=entry)
         assert "file.pth" in str(error.value) and "\n" not in str(error.value)
-    semantic = {**caffe, "semantic.weight": torch.zeros(1)}                    # "ema" amid a word is no copy
-    assert loaded(semantic)[0] == 0
+    assert loaded({**caffe, "schema.weight": torch.zeros(1)})[0] == 0          # "ema" amid a word is no copy
 
 
 def test_entry_on_the_command_line(city, tmp_path, caffe, capsys):

@@ -251,6 +251,16 @@ def test_labels_of_another_size_than_their_image(tmp_path):
         images = SegmentationDataset([Pair(image, label, "image")], dataset, GTA, None)
         assert images[0, 5][1].tolist() == [[0, 0, 1, 1, 2, 2]] * 2 + [[3, 3, 4, 4, 5, 5]] * 2
         assert images[0][1].tolist() == [[0, 1, 2], [3, 4, 5]]
+    ids = np.array(sorted(CITY_19))[noise(62, 93)[..., 0] % 19].astype(np.uint8)
+    pair = Pair(write_png(tmp_path / "wide.png", noise(40, 60), 2), write_png(tmp_path / "small.png", ids, 0), "wide")
+    shown = SegmentationDataset([pair], "gta5", GTA, Size(30, 20))[0, 5][1].numpy()             # by way of the image's own size
+
+    def nearest(array, height, width):
+        rows, columns = ((2 * np.arange(n) + 1) * old // (2 * n) for n, old in zip((height, width), array.shape))
+        return array[rows][:, columns]
+
+    twice = nearest(nearest(ids, 40, 60), 20, 30)
+    assert shown.tolist() == np.vectorize(CITY_19.get)(twice).tolist() and (twice != nearest(ids, 20, 30)).any()
     for shape, fits in (((100, 151), True), ((100, 154), False), ((100, 148), True), ((6, 4), False)):
         write_png(label, np.full(shape, 7, np.uint8), 0)
         images = SegmentationDataset([Pair(image, label, "image")], "cityscapes", GTA, None)
@@ -351,9 +361,10 @@ def test_what_other_programs_and_sets_leave_beside_the_labels(tmp_path):
 def test_an_own_set_lies_at_any_depth_and_behind_links(tmp_path):
     touch(tmp_path, "real/images/val/x/y/1.jpg", "real/labels/val/x/y/1.png", "real/images/val/2_color.png",
           "real/labels/val/2_color.png", "real/labels/val/2_color_color.png")
-    (tmp_path / "linked").mkdir()
     for kind in ("images", "labels"):
-        (tmp_path / "linked" / kind).symlink_to(tmp_path / "real" / kind, target_is_directory=True)
+        (tmp_path / "linked" / kind / "val").mkdir(parents=True)
+        (tmp_path / "linked" / kind / "val/x").symlink_to(tmp_path / "real" / kind / "val/x", target_is_directory=True)
+        (tmp_path / "linked" / kind / "val/2_color.png").symlink_to(tmp_path / "real" / kind / "val/2_color.png")
     pairs = find_pairs(tmp_path, "linked", "val", own=True)
     assert [(p.name, p.label.name) for p in pairs] == [("2_color", "2_color.png"), ("x/y/1", "1.png")]
     touch(tmp_path, "real/labels/val/x/y/3.png")

@@ -177,7 +177,7 @@ def run_main(script: str, *argv: str) -> int:
     (["--eval"], "is no trained network with its head, and no stage of"),
     (["--export", "out.json"], "--export out.json is the name of the JSON file beside the weights"),
     (["--data", "nowhere"], "nowhere"),
-    (["--source", "gta4"], "--source: invalid choice: 'gta4'"),
+    (["--source", "gta4"], "--source gta4 is none of gta5, synthia, cityscapes"),
 ])
 def test_a_mistake_is_told_before_anything_runs(script, more, words, city, tmp_path, capsys):
     if more[:2] == ["--device", "cuda"] and torch.cuda.is_available():

@@ -74,6 +74,25 @@ def test_contact_sheet_size_and_pixels(tmp_path):
     assert not ink[:GAP].any() and not ink[GAP + 64:2 * GAP + 64].any() and not ink[-GAP:].any()
 
 
+def test_a_sheet_has_a_legend_and_an_empty_label_says_so(tmp_path):
+    label = np.full((8, 16, 3), CLASSES.colors[1], dtype=np.uint8)
+    empty = np.zeros_like(label)
+    contact_sheet(tmp_path / "without.png", [[label, empty]], ["image", "pseudo label"], width=200)
+    contact_sheet(tmp_path / "with.png", [[label, empty]], ["image", "pseudo label"], CLASSES, width=200)
+    without, sheet = read(tmp_path / "without.png"), read(tmp_path / "with.png")
+    assert np.array_equal(sheet[:len(without)], without) and len(sheet) > len(without)
+    legend = sheet[len(without):]
+    swatches = [np.argwhere((legend == color).all(axis=-1)) for color in CLASSES.colors[:2]]      # the third is grey, as text
+    assert all(len(swatch) == 15 * 15 for swatch in swatches)
+    assert sorted(swatch[0].tolist() for swatch in swatches) == [swatch[0].tolist() for swatch in swatches]
+    for swatch in swatches:                                             # a name beside each
+        assert (legend[swatch[0, 0]:swatch[-1, 0], swatch[-1, 1] + 3:swatch[-1, 1] + 40] < 100).any()
+    panels = without[30:30 + 96, GAP:GAP + 192], without[30:30 + 96, 2 * GAP + 200:2 * GAP + 392]
+    assert (panels[0] == CLASSES.colors[1]).all()                       # twelve times as large
+    ink = (panels[1] > 200).all(axis=-1)
+    assert 10 < ink.sum() < 400 and not ink[:30].any() and not ink[:, :60].any() and not ink[:, -60:].any()
+
+
 def test_contact_sheet_refuses_ragged_rows(tmp_path):
     picture = np.zeros((2, 2, 3), dtype=np.uint8)
     for rows in ([], [[picture]], [[picture, picture], [picture]]):

@@ -10,14 +10,8 @@ import pytest
 from common import results
 
 SCRIPT = '''
-import dataclasses, json, pathlib, sys
-from common.cli import option
+import json, pathlib, sys
 
-@dataclasses.dataclass
-class Config:
-    score: float = option(0.0, "score")
-
-TOY = {}
 if __name__ == "__main__":
     argv = dict(zip(sys.argv[1::2], sys.argv[2::2]))
     if "--from" in argv:
@@ -33,6 +27,16 @@ if __name__ == "__main__":
     (folder / "results.json").write_text(json.dumps(stages))
     with open(folder / "started", "a") as file:
         file.write("x")
+    sys.exit(0)                                                  # before torch is imported
+
+import dataclasses
+from common.cli import option
+
+@dataclasses.dataclass
+class Config:
+    score: float = option(0.0, "score")
+
+TOY = {}
 '''
 ROWS = {"low": ("one", "--score 0.2"), "middle (x)": ("two", "--score 0.3 --from {low}/one.pt"),
         "middle, later": ("three", "--score 0.3 --from {low}/one.pt"), "high": ("one", "--score 0.4")}

@@ -81,15 +81,15 @@ def test_the_first_lines_say_what_runs_and_the_time_left_is_that_of_all_stages(c
 def test_cags_stages_have_their_lengths_though_the_number_of_images_decides(city, tmp_path, capsys):
     import cag
     argv = ["--data", str(city), "--runs", str(tmp_path), *SMALL[:SMALL.index("--adversarial-iterations")], "--crop", "64x32",
-            "--warmup-epochs", "10", "--K", "1", "--stage-epochs", "200", "--batch-size", "2", "--margin", "0.05"]
+            "--warmup-epochs", "2.5", "--K", "1", "--stage-epochs", "200", "--batch-size", "2", "--margin", "0.05"]
     cag.main([*argv, "--stage", "source"])
     line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("source 1/2"))
-    seconds, left = pace(line)                                                 # eight images, two per batch: 400 and 800 more
+    seconds, left = pace(line)                                                 # eight images, two per batch: 10 and 800 more
     assert left == pytest.approx(1 * seconds, abs=1)                           # with --stage, no other stage is ahead
     cag.main([*argv, "--tag", "all", "--stage-epochs", "0.25"])
     line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("source 1/2"))
     seconds, left = pace(line)
-    assert left == pytest.approx(41 * seconds + seconds, abs=1 + 42 * 0.005)
+    assert left == pytest.approx(11 * seconds + seconds, abs=1 + 12 * 0.005)
 
 
 @pytest.mark.parametrize(("where", "words"), [

@@ -22,6 +22,7 @@ def join() -> tuple[int, int]:
 
 
 def world_size() -> int:
+    """How many processes the run has."""
     return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
 
 

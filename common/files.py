@@ -78,6 +78,7 @@ def load(path: str | Path, what: str = "checkpoint", remedy: str = "give another
 
 
 def write_json(path: Path, content: dict) -> None:
+    """Write a dictionary as a JSON file, atomically. Raises UserError if it cannot."""
     write_atomically(path, lambda file: file.write(json.dumps(content, indent=1).encode()))
 
 

@@ -4,7 +4,7 @@ Ma, Lin, Wu, Yu. CVPR 2021. arXiv:2103.13041
 
 Coarse: every source image takes the colours and the lightness of a random target image (global photometric alignment). Fine:
 in K steps, a triplet loss holds source features near their category's centre, and the target learns from valid pseudo labels
-of the model of the step before, also on its augmented images. There is no published code.
+of the model of the step before, also on its augmented images. There is no published code. Stages: step0 -> step1 .. stepK.
 
     Sec. 3.2       rgb_to_lab, lab_to_rgb, match_histogram, photometric_align
     Eqs. (1), (2)  solve_gamma

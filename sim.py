@@ -4,7 +4,7 @@ Wang, Yu, Wei, Feris, Xiong, Hwu, Huang, Shi. CVPR 2020. arXiv:2003.08040
 
 Features of correctly predicted source regions are kept in banks: one per stuff class and image, one per connected region of
 a thing class. The mean feature of every region that the model predicts in a target image is pulled to the most similar kept
-feature of its class, beside adversarial adaptation of the output. Then pseudo labels, and the same once more with them.
+feature of its class, beside adversarial adaptation of the output. Then the same with pseudo labels. Stages: step1 -> step2.
 
     Eqs. (1), (10)   segmentation_loss                       L_seg^S, and L_seg^T on pseudo labels
     Eqs. (2), (3)    adversarial_loss, discriminator_loss

@@ -64,24 +64,26 @@ def parse(prog: str, doc: str, classes: tuple[type, ...], argv: list[str] | None
     `toy`: the defaults with --toy; a field `command` receives a line that does the same again, from any folder.
     Raises: SystemExit(2) after one sentence."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    parser = _Parser(prog=prog, description=doc, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
+    fields = [field for cls in reversed(classes) for field, _ in flags(cls)]
+    defaults = {field.name: field.default for field in fields} | (toy if toy and "--toy" in argv else {})
+    if asked := {"-h", "--help", "--help-all"} & set(argv):
+        from common import usage  # only --help needs it
+        print(usage.text(prog, doc, classes, defaults, everything="--help-all" in asked))
+        raise SystemExit(0)
+    parser = _Parser(prog=prog, add_help=False, allow_abbrev=False)
     described: set[str] = set()
     for cls in classes:
-        group = parser.add_argument_group(f"{cls.__name__} ({(cls.__doc__ or '').strip().splitlines()[0]})")
         for field, kind in [pair for pair in flags(cls) if pair[0].name not in described]:
             described.add(field.name)
-            paper = f"; paper: {paper_value(field)}" if cls is classes[0] else ""
-            how: dict = {"dest": field.name, "default": argparse.SUPPRESS,
-                         "help": f"{field.metadata['help']} [{show(field.default)}{paper}]".replace("%", "%%")}
+            how: dict = {"dest": field.name, "default": argparse.SUPPRESS}
             kinds = typing.get_args(kind)
             if kind is bool:
                 how["action"] = argparse.BooleanOptionalAction
             else:
                 how |= {"type": _reader(field, (kinds or (kind,))[0]), "choices": field.metadata["choices"] or None,
                         "metavar": "X", "nargs": None if not kinds else "+" if kinds[-1] is ... else len(kinds)}
-            group.add_argument(flag(field.name), **how)
-    given, fields = vars(parser.parse_args(argv)), [field for cls in reversed(classes) for field, _ in flags(cls)]
-    values = {field.name: field.default for field in fields} | (toy if toy and given.get("toy") else {}) | given
+            parser.add_argument(flag(field.name), **how)
+    values = defaults | vars(parser.parse_args(argv))
     if values.get("eval") or values.get("predict"):
         from common import start  # only --eval needs it: the flags of the run that is evaluated, which what is typed overrules
         defining = {field.name for field in fields if field.metadata["defines_run"]}
@@ -156,15 +158,3 @@ def _reader(field: dataclasses.Field, kind):
 
     read.__name__ = kind.__name__                                # argparse: "invalid float value: 'abc'"
     return read
-
-
-def show(value) -> str:
-    """A value as it is typed."""
-    if value is None or isinstance(value, bool):
-        return {None: "automatic", True: "yes", False: "no"}[value]
-    return " ".join(map(str, value)) if isinstance(value, tuple) and not isinstance(value, Size) else str(value)
-
-
-def paper_value(field: dataclasses.Field) -> str:
-    """The paper's value and where it stands; † if the paper gives none."""
-    return "†" if field.metadata["paper"] is None else f"{show(field.metadata['paper'])} ({field.metadata['section']})"

@@ -22,10 +22,11 @@ import sys
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from pathlib import Path
 
-from common.cli import command, flag, flags, paper_value, parse, show
+from common.cli import command, flag, flags, parse
 from common.files import UserError
 from common.run import Options
 from common.start import run_folder
+from common.usage import paper_value, show
 
 _CAG = "--from {source only}/source.pt"
 _CAG_CONTROL = f"{_CAG} --lambda-adv 0 --lambda1 0 --lambda2 0"

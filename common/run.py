@@ -42,8 +42,8 @@ REMEDY = "try a lower --lr or --amp none under a new --tag"     # against values
 class Options:
     """domains, files, and how a script runs"""
 
-    source: str = option("gta5", "source domain: gta5, synthia, cityscapes, or a set of your own, see --classes")
-    target: str = option("cityscapes", "target domain: cityscapes, crosscity, or a set of your own")
+    source: str = option("gta5", "gta5, synthia, cityscapes, or a set of your own, see --classes")
+    target: str = option("cityscapes", "cityscapes, crosscity, or a set of your own")
     city: str = option("Rome", "city of Cross-City", choices=("Rome", "Rio", "Tokyo", "Taipei"))
     backbone: str = option("resnet101", "encoder; vgg16: v2 only", choices=("resnet101", "resnet50", "resnet18", "vgg16"))
     freeze_bn: str = option("auto", "frozen batch norm; affine: the encoder's, but for its statistics; auto: encoder, or none "
@@ -51,13 +51,13 @@ class Options:
     source_size: Size | None = option(None, "source images are resized to it; automatic: the script's size for the domain")
     target_size: Size | None = option(None, "target images are resized to it, also in the test; automatic: likewise")
     crop: Size | None = option(None, "random crop of both domains in training; automatic: none")
-    data: str = option("data", "folder that holds gta5/, synthia/, cityscapes/, crosscity/", defines_run=False)
+    data: str = option("data", "folder that holds gta5/, cityscapes/, ...", defines_run=False)
     target_data: str | None = option(None, "folder that holds the target; automatic: --data", defines_run=False)
     label_ids: str = option("ids", "what label files hold: the data set's ids, or Cityscapes' train ids, in one domain or both",
                             choices=("ids", "train", "source-train", "target-train"))
     classes: str | None = option(None, "JSON file of your own classes, see docs/data.md; automatic: Cityscapes'")
     source_images: str | None = option(None, "take the source images from this folder instead (same file names)")
-    init: str = option("imagenet", "initial weights: imagenet, none, or a file, also of the projects in docs/weights.md")
+    init: str = option("imagenet", "initial weights: imagenet, none, or a file")
     branches: int | None = option(None, "branches that the head of an --init or --from file sums: 2 in AdaptSegNet and SIM, 4 "
                                   "in ADVENT, BDL, FDA; automatic: 2 where the others were never trained", choices=(2, 4))
     input: str | None = option(None, "input of the network in an --init file or a published --from file: channels and range; "
@@ -67,7 +67,7 @@ class Options:
     target_labels: bool = option(False, "train the first stage on the labelled target: an upper bound, not adaptation")
     runs: str = option("runs", "folder that holds the run folders", defines_run=False)
     tag: str | None = option(None, "suffix of the run folder's name", defines_run=False)
-    seed: int = option(0, "seed of weights, data order and augmentation", low=0)
+    seed: int = option(0, "seed of weights, data order, augmentation", low=0)
     device: str = option("auto", "where to compute", choices=("auto", "cuda", "mps", "cpu"), defines_run=False)
     amp: str = option("none", "bf16: run the networks in bfloat16 autocast (losses stay float32); auto: where the machine "
                       "computes in it natively", choices=("none", "bf16", "auto"))
@@ -78,12 +78,12 @@ class Options:
     save_every: int = option(500, "iterations between two checkpoints for resuming", low=1, defines_run=False)
     stage: str | None = option(None, "run only this stage", defines_run=False)
     from_: str | None = option(None, "start after the stage that this checkpoint finished; a published one: after the first")
-    eval: bool = option(False, "only evaluate: --from CHECKPOINT, or --init FILE, or the run's last stage", defines_run=False)
+    eval: bool = option(False, "only evaluate the last stage, or --from, or --init", defines_run=False)
     predict: str | None = option(None, "only predict the images of this folder, as --eval would, into --out", defines_run=False)
     out: str | None = option(None, "folder of --predict's label-id PNGs and overlays", defines_run=False)
     export: str | None = option(None, "also write the evaluated weights here, with a JSON file beside them", defines_run=False)
     tensorboard: bool = option(False, "also write the log's numbers for TensorBoard, if installed", defines_run=False)
-    toy: bool = option(False, "render the toy city if needed and use the script's small settings")
+    toy: bool = option(False, "the script's small settings, on the toy city")
     command: str = ""
 
 

@@ -77,12 +77,26 @@ def test_a_mistake_is_one_sentence_and_status_2(argv, words, capsys):
     assert words in err and err.startswith("x.py: error: ") and err.count("\n") == 1
 
 
-def test_help_shows_the_papers_values(capsys):
+def helped(*argv: str, capsys, toy=None, doc="doc") -> str:
     with pytest.raises(SystemExit) as stop:
-        read("--help")
-    text = " ".join(capsys.readouterr().out.split())
+        parse("x.py", doc, (Config, Options), list(argv), toy)
     assert stop.value.code == 0
-    assert "rate of 100 % [0.5; paper: 0.5 (Sec. 1)]" in text and "[7; paper: †]" in text and "toy [no]" in text
+    return capsys.readouterr().out
+
+
+def test_help_all_shows_the_papers_values_and_those_of_the_toy(capsys):
+    text = " ".join(helped("--help-all", capsys=capsys).split())
+    assert "--rate X rate of 100 % [0.5; paper: 0.5 (Sec. 1)]" in text and "--steps N steps [7; paper: †]" in text
+    assert "--fine, --no-fine fine [yes; paper: †]" in text and "--kind soft|hard" in text and text.count("--steps") == 1
+    text = " ".join(helped("--help-all", "--toy", capsys=capsys, toy={"rate": 0.25}).split())
+    assert "[0.25; paper: 0.5 (Sec. 1)]" in text
+
+
+@pytest.mark.parametrize("width", ["70", "100"])
+def test_help_is_wrapped_at_the_width_of_the_terminal(width, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", width)
+    for argv in (["--help"], ["--help-all"], ["-h"]):
+        assert max(map(len, helped(*argv, capsys=capsys, doc="A title.\n\nStages: a -> b.\n").splitlines())) <= int(width)
 
 
 def test_user_error_becomes_one_line_and_status_2(capsys):
@@ -139,7 +153,7 @@ def test_a_common_field_that_the_method_repeats_is_one_flag_with_the_methods_def
     with pytest.raises(SystemExit):
         read("--steps", "0")                                     # the method's bound
     with pytest.raises(SystemExit):
-        read("--help")
+        read("--help-all")
     assert "steps of any method" not in capsys.readouterr().out
 
 

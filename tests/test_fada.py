@@ -555,12 +555,12 @@ def test_defaults_are_the_papers():
 
 def test_what_the_paper_does_not_give_says_so(capsys):
     with pytest.raises(SystemExit) as stop:
-        fada.main(["--help"])
+        fada.main(["--help-all"])
     assert stop.value.code == 0
-    text = " ".join(capsys.readouterr().out.split("\nConfig (")[1].split("\nOptions (")[0].split())
+    text = " ".join(capsys.readouterr().out.split("\ndata\n")[1].split())
     departures = fada.__doc__.split("Departures:")[1]
     for field in dataclasses.fields(fada.Config):
-        shown = re.search(rf"--{field.name.replace('_', '-')}[ ,].*?\[[^\[\]]*; paper:? ([^\]]+)\]", text)[1]
+        shown = re.search(rf"--{field.name.replace('_', '-')}[ ,].*?\[[^\[\]]*paper: ([^\]]+)\]", text)[1]
         if field.metadata["paper"] is None:
             assert shown == "†" or f"`{field.name}`" in departures
         else:

@@ -16,8 +16,10 @@ import pytest
 import torch
 from starts import link_checkpoints
 
+from common import usage
+from common.cli import flags
 from common.results import defaults_table
-from common.run import Run
+from common.run import Options, Run
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = {
@@ -99,9 +101,25 @@ def test_help_and_import_have_no_side_effects(script, tmp_path):
             "assert not torch.cuda.is_initialized()")
     subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True, capture_output=True)
     assert os.listdir(tmp_path) == []
-    shown = subprocess.run([sys.executable, str(ROOT / f"{script}.py"), "--help"], cwd=tmp_path, check=True,
+    shown = subprocess.run([sys.executable, str(ROOT / f"{script}.py"), "--help-all"], cwd=tmp_path, check=True,
                            capture_output=True, encoding="gbk", env={**os.environ, "PYTHONIOENCODING": "gbk"})
     assert "Departures:" in shown.stdout and "paper: ?" in shown.stdout and os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help_fits_a_terminal_and_names_the_stages(script, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(SystemExit) as stop:
+        importlib.import_module(script).main(["--help"])
+    shown = capsys.readouterr().out
+    assert stop.value.code == 0 and shown.count("\n") <= 24 and shown.count("\n  --") == 10
+    text = " ".join(shown.split())
+    assert f"run only this stage: {STAGES[script][0]} " in text and f"python {script}.py --help-all" in text
+
+
+def test_every_common_flag_has_its_group():
+    known = {name for names in usage.GROUPS.values() for name in names.split()}
+    assert known == {field.name for field, _ in flags(Options)} and set(usage.COMMON) <= known
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

@@ -1,29 +1,32 @@
-"""Run a script over seeds and variants as a user would, and print the README's table.
+"""A queue of runs, over seeds and variants, as a user would start them, and the table of what they reach.
 
-    python -m common.results fada --seeds 0 1 2 --name toy -- --toy
-    python -m common.results fada --seeds 0 1 2 --name pair --jobs 2 -- --data PATH --init PATH --backbone resnet18 ...
+    python -m common.results                                 FADA on the toy city, seeds 0 1 2
+    python -m common.results fada --name own --jobs 2 -- --data PATH --init PATH --backbone resnet18 ...
+    python -m common.results pair --name i2c --jobs 2 -- --data PATH --init resnet18.pth      all runs of docs/results.md
+    python -m common.results pair --name i2c --show -- --data PATH --init resnet18.pth        what is finished
 
-What stands behind `--` goes to every run. The rows are those of `RESULTS`: row -> (stage reported, flags); `{row}` in the flags
-is the run folder of another row with the same seed. Rows with the same flags are stages of one run. Runs that are
-finished are not run again; interrupted ones resume. With --jobs N, N runs go side by side, each on its share of the cores.
+What stands behind `--` goes to every run; nothing there means --toy. The rows are those of `RESULTS`: row -> (stages, flags);
+`{row}` in the flags is the run folder of another row with the same seed. Rows with the same flags are stages of one run.
+Start the same line again to go on: runs that are finished are not started, interrupted ones resume. With --jobs N, N runs go
+side by side, each on its share of the cores. Where a run fails, those that need it are left out and the others go on.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib
-import json
 import os
 import re
 import shlex
 import statistics
 import subprocess
 import sys
-from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from pathlib import Path
+from typing import NamedTuple
 
-from common.cli import command, flag, flags, parse
-from common.files import UserError
+from common.cli import command, flag, flags, parse, to_json
+from common.files import UserError, read_json, read_log
 from common.run import Options
 from common.start import run_folder
 from common.usage import paper_value, show
@@ -35,15 +38,25 @@ _C2F = "--from {coarse (GPA)}/step0.pt"
 _C2F_CONTROL = f"--from {{source only}}/step0.pt --alignment none {_ZERO}"
 _OFF = "--no-distill --no-stm --assign none --lambda-consist 0"
 _GPA = "--from {GPA baseline}/warmup.pt"
-RESULTS = {                                                  # script -> row -> (stage reported, flags of its run)
+_V2 = "--batch-size 4 --lr 2.5e-3"                          # of the protocol's runs
+_FADA = f"{_V2} --lr-discriminator 1e-3 --adversarial-iterations 1000 --no-distill --from {{fada source}}/source.pt"
+_V3 = "--lr 5e-3 --step-lr 2.5e-3 --encoder-rate 0.1 --step0-iterations 2000 --K 2 --step-iterations 500"
+_STEPS = f"{_V3} --batch-size 2 --from {{c2f coarse}}/step0.pt"
+_ANCHORS = ("--batch-size 2 --lr 2.5e-3 --encoder-rate 0.1 --lr-discriminator 1e-3 --warmup-epochs 0.75 --stage-epochs 0.75 "
+            "--K 2 --margin {margin} --from {c2f source}/step0.pt")
+_MAPS = ("--batch-size 2 --lr 5e-4 --adapt-lr 5e-4 --selftrain-iterations 1500 --distill-iterations 1000 "
+         "--stm-backbone resnet18 --stm-weights {init} --from {c2f coarse}/step0.pt")
+_SIM = "--batch-size 2 --lr 2.5e-3 --lr-discriminator 1e-3 --iterations 1200"
+PAIR = "--backbone resnet18 --source-size 256x144 --target-size 256x128 --crop 192x112 --amp bf16 --workers 0 --save-every 250"
+RESULTS = {                                                  # script -> row -> (stages, flags of its run)
     "fada": {
-        "source only": ("source", "--stage source"),
-        "source only, as long": ("adversarial", "--stage adversarial --from {source only}/source.pt --lambda-adv 0"),
-        "FADA": ("adversarial", "--stage adversarial --from {source only}/source.pt"),
-        "target only (upper bound)": ("source", "--stage source --target-labels"),
+        "source only": ("source", ""),
+        "source only, as long": ("adversarial", "--from {source only}/source.pt --lambda-adv 0"),
+        "FADA": ("adversarial", "--from {source only}/source.pt"),
+        "target only (upper bound)": ("source", "--target-labels"),
     },
     "cag": {
-        "source only": ("source", "--stage source"),
+        "source only": ("source", ""),
         "source only, as long as warm-up": ("warmup", _CAG_CONTROL),
         "warm-up": ("warmup", _CAG),
         "source only, as long as stage 1": ("stage1", _CAG_CONTROL),
@@ -52,38 +65,82 @@ RESULTS = {                                                  # script -> row -> 
         "stage 2": ("stage2", _CAG),
         "source only, as long as stage 3": ("stage3", _CAG_CONTROL),
         "stage 3": ("stage3", _CAG),
-        "target only (upper bound)": ("source", "--stage source --target-labels"),
+        "target only (upper bound)": ("source", "--target-labels"),
     },
     "c2f": {
-        "source only": ("step0", "--stage step0 --alignment none"),
+        "source only": ("step0", "--alignment none"),
         "source only, as long as step 1": ("step1", _C2F_CONTROL),
         "source only, as long as step 2": ("step2", _C2F_CONTROL),
-        "coarse (GPA)": ("step0", "--stage step0"),
+        "coarse (GPA)": ("step0", ""),
         "GPA only, as long as step 1": ("step1", f"{_C2F} {_ZERO}"),
         "step 1": ("step1", _C2F),
         "GPA only, as long as step 2": ("step2", f"{_C2F} {_ZERO}"),
         "step 2": ("step2", _C2F),
-        "target only (upper bound)": ("step0", "--stage step0 --target-labels --alignment none"),
+        "target only (upper bound)": ("step0", "--target-labels --alignment none"),
     },
     "sim": {
         "source only": ("step1", "--no-ssl --lambda-adv 0 --lambda-ci 0"),
         "+ adversarial": ("step1", "--no-ssl --lambda-ci 0"),
         "+ SIM": ("step1", ""),
         "+ SSL": ("step2", ""),
-        "target only (upper bound)": ("step1", "--stage step1 --target-labels"),
+        "target only (upper bound)": ("step1", "--target-labels"),
     },
     "bismap": {
-        "source only": ("warmup", "--stage warmup --alignment none"),
+        "source only": ("warmup", "--alignment none"),
         "source only, as long": ("selftrain", f"--from {{source only}}/warmup.pt --alignment none {_OFF}"),
-        "GPA baseline": ("warmup", "--stage warmup"),
+        "GPA baseline": ("warmup", ""),
         "GPA only, as long": ("selftrain", f"{_GPA} {_OFF}"),
         "+ STM": ("selftrain", f"{_GPA} --no-distill --assign none --lambda-consist 0"),
         "+ MAPs": ("selftrain", f"{_GPA} --no-distill --lambda-consist 0"),
         "+ consistency": ("selftrain", _GPA),
-        "distilled": ("distill2", _GPA),
-        "target only (upper bound)": ("warmup", "--stage warmup --target-labels --alignment none"),
+        "distilled": ("distill1 distill2", _GPA),
+        "target only (upper bound)": ("warmup", "--target-labels --alignment none"),
+    },
+    "pair": {                                                # all scripts; the first word of a row is its script
+        "fada source": ("source", f"{_V2} --source-iterations 3000"),
+        "fada control": ("adversarial", f"{_FADA} --lambda-adv 0"),
+        "fada fada": ("adversarial", _FADA),
+        "c2f source": ("step0", f"{_V3} --batch-size 4 --alignment none"),
+        "c2f coarse": ("step0", f"{_V3} --batch-size 4"),
+        "c2f control": ("step1 step2", f"{_STEPS} {_ZERO}"),
+        "c2f c2f": ("step1 step2", _STEPS),
+        "cag control": ("warmup stage1 stage2", f"{_ANCHORS} --lambda-adv 0 --lambda1 0 --lambda2 0"),
+        "cag cag": ("warmup stage1 stage2", _ANCHORS),
+        "bismap control": ("selftrain", f"{_MAPS} {_OFF}"),
+        "bismap bismap": ("selftrain", f"{_MAPS} --pl-ratio 0.443"),
+        "sim control": ("step1", f"{_SIM} --no-ssl --lambda-adv 0 --lambda-ci 0"),
+        "sim sim": ("step1 step2", _SIM),
+        "fada target": ("source", f"{_V2} --source-iterations 3000 --adversarial-iterations 1000 --target-labels"),
+        "c2f target": ("step0", f"{_V3} --batch-size 4 --alignment none --target-labels"),
     },
 }
+
+
+class Job(NamedTuple):
+    """One run of a script: its stages are started one after another, in one folder."""
+
+    row: str
+    seed: int
+    script: str
+    argv: list[str]
+    stages: tuple[str, ...]
+    needs: tuple[tuple[str, int], ...]                       # (row, seed) of the runs whose checkpoints it starts from
+    folder: Path
+
+    @property
+    def finished(self) -> bool:
+        return set(self.stages) <= read_json(self.folder / "results.json").keys()
+
+    @property
+    def state(self) -> str:
+        """Finished, begun or open; how long its iterations took, also those of earlier starts; the folder's name."""
+        seconds, before = 0.0, {}
+        for line in read_log(self.folder):
+            if "seconds" in line:
+                seconds += line["seconds"] * (line["iteration"] - before.get(line["stage"], 0))
+                before[line["stage"]] = line["iteration"]
+        state = "finished" if self.finished else "begun" if before else "open"
+        return f"{state:<9}{seconds / 60:7.1f} min  {self.folder.name}"
 
 
 @command
@@ -93,65 +150,121 @@ def main(argv: list[str] | None = None) -> None:
     cut = argv.index("--") if "--" in argv else len(argv)
     parser = argparse.ArgumentParser(prog="python -m common.results", allow_abbrev=False, description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("method", help="the script's name without .py")
+    parser.add_argument("method", nargs="?", default="fada", help="a script's name without .py, or pair [%(default)s]")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--name", default="results", help="first part of the run folders' tags")
-    parser.add_argument("--rows", nargs="+", help="only these rows")
+    parser.add_argument("--name", default="toy", help="first part of the run folders' tags [%(default)s]")
+    parser.add_argument("--rows", nargs="+", help="only these rows, and what they start from")
     parser.add_argument("--runs", default="runs", help="folder that holds the run folders")
     parser.add_argument("--mean", default="mIoU present", help="which mean of results.json the table shows")
+    parser.add_argument("--margin", default="?", help="CAG's margin in the rows of pair; python tests/diagnose.py --margin")
     parser.add_argument("--jobs", type=int, default=1, help="runs side by side")
-    args, extra = parser.parse_args(argv[:cut]), argv[cut + 1:]
+    parser.add_argument("--show", action="store_true", help="only list the runs: what is finished, in which time")
+    args, extra = parser.parse_args(argv[:cut]), argv[cut + 1:] or ["--toy"]
     sys.path.insert(0, os.getcwd())                          # the scripts lie beside common/
     if args.method not in RESULTS:
         raise UserError(f"there is no script {args.method}.py here; give one of {', '.join(RESULTS)}")
-    script, rows = importlib.import_module(args.method), RESULTS[args.method]
-    wanted = args.rows or list(rows)
-    if unknown := set(wanted) - set(rows):
+    rows = RESULTS[args.method]
+    if unknown := set(args.rows or ()) - set(rows):
         raise UserError(f"unknown row {min(unknown)!r}; the rows are {', '.join(map(repr, rows))}")
-    futures: dict[tuple[str, int], Future] = {}
-    pool = ThreadPoolExecutor(args.jobs)
-    try:
-        for row in [row for row in rows if row in wanted or any(f"{{{row}}}" in rows[other][1] for other in wanted)]:
-            for seed in args.seeds:                          # rows in order: what a run waits for was submitted before it
-                if (first_of(rows, row), seed) not in futures:
-                    futures[first_of(rows, row), seed] = pool.submit(measure, args, extra, script, row, seed, futures)
-        for future in as_completed(futures.values()):
-            future.result()                                  # the first failure ends the rest
-    finally:
-        pool.shutdown(cancel_futures=True)
-    results: dict[str, list[dict]] = {row: [] for row in rows if row in wanted}
-    for row, seed in [(row, seed) for row in results for seed in args.seeds]:
-        stage, finished = rows[row][0], futures[first_of(rows, row), seed].result()[1]
-        if stage not in finished:
-            raise UserError(f"{row!r} with seed {seed} was stopped; start again to go on")
-        results[row].append(finished[stage])
-    print(table(results, args.mean, gap={list(rows)[0], list(rows)[-1]} <= set(wanted)))
+    jobs = queue(args, extra)
+    if args.show:
+        return print("\n".join(job.state for job in jobs.values()))
+    if failed := work(jobs, args.jobs):
+        raise UserError(f"{', '.join(failed)} failed; fix it and start again: what is finished is kept")
+    results = {}
+    for row, (stages, _) in rows.items():
+        for stage in stages.split() if row in (args.rows or rows) else ():
+            finished = [read_json(jobs[first_of(rows, row), seed].folder / "results.json") for seed in args.seeds]
+            results[row + f", {stage}" * (" " in stages)] = [stages_of_run[stage] for stages_of_run in finished]
+    print(table(results, args.mean, gap=args.method != "pair" and {list(rows)[0], list(rows)[-1]} <= results.keys()))
 
 
 def first_of(rows: dict[str, tuple[str, str]], row: str) -> str:
-    """The first row with the same flags, which names the run."""
+    """The first row with the same flags and script, which names the run."""
     return next(other for other in rows if rows[other][1] == rows[row][1])
 
 
-def measure(args, extra: list[str], script, row: str, seed: int, futures: dict) -> tuple[Path, dict]:
-    """Run one variant with one seed. Returns the run's folder and what is in its results.json.
+def queue(args, extra: list[str]) -> dict[tuple[str, int], Job]:
+    """The runs of the wanted rows and of those that they start from, in order: (row that names the run, seed) -> run.
 
-    A finished run is started too: it checks its settings, refuses if they are others, and ends at once.
-    """
-    rows, flags = RESULTS[args.method], RESULTS[args.method][row][1]
-    for needed in re.findall(r"\{(.+?)\}", flags):
-        flags = flags.replace(f"{{{needed}}}", shlex.quote(str(futures[first_of(rows, needed), seed].result()[0])))
-    tag = f"{args.name}-{re.sub(r'[^a-z0-9]+', '-', first_of(rows, row).lower()).strip('-')}-{seed}"
-    argv = [*extra, *shlex.split(flags), "--seed", str(seed), "--tag", tag, "--runs", args.runs]
-    line = [sys.executable, f"{args.method}.py", *argv]
-    print(f"\n{shlex.join(['python', *line[1:]])}", file=sys.stderr, flush=True)
-    threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // args.jobs))} if args.jobs > 1 else {}
-    if subprocess.run(line, stdout=2, env={**os.environ, **threads}).returncode != 0:
-        raise UserError(f"{row!r} with seed {seed} failed; put it right and start again: what is finished is kept")
-    _, options = parse(f"{args.method}.py", "", (script.Config, Options), argv, script.TOY)
-    folder = run_folder(args.method, options)
-    file = folder / "results.json"
-    return folder, json.loads(file.read_text()) if file.exists() else {}
+    Raises: UserError for a run folder with other settings, and for rows of "pair" without --init and --margin."""
+    rows, jobs = RESULTS[args.method], {}
+    wanted = {first_of(rows, row) for row in args.rows or rows}
+    for row in reversed(rows):                               # what a row starts from stands before it
+        if row in wanted:
+            wanted |= {first_of(rows, needed) for needed in re.findall(r"\{(.+?)\}", rows[row][1]) if needed in rows}
+    known = {"margin": args.margin, "init": dict(zip(extra, extra[1:])).get("--init", "?")}
+    for row, seed in [(row, seed) for row in rows if row in wanted for seed in args.seeds]:
+        script, variant = row.split() if args.method == "pair" else (args.method, row)
+        needs, text = [], rows[row][1]
+        for name in re.findall(r"\{(.+?)\}", text):
+            if name in rows:
+                needs.append((first_of(rows, name), seed))
+                known[name] = str(jobs[needs[-1]].folder)
+            if known[name] == "?":
+                raise UserError(f"{row!r} needs --{name}: give it" + " behind --" * (name == "init"))
+            text = text.replace(f"{{{name}}}", shlex.quote(known[name]))
+        tag = f"{args.name}-{re.sub(r'[^a-z0-9]+', '-', variant.lower()).strip('-')}-{seed}"
+        common = shlex.split(PAIR) if args.method == "pair" else []
+        argv = [*common, *extra, *shlex.split(text), "--seed", str(seed), "--tag", tag, "--runs", args.runs]
+        stages = dict.fromkeys(stage for other in rows.values() if other[1] == rows[row][1] for stage in other[0].split())
+        jobs[row, seed] = Job(row, seed, script, argv, tuple(stages), tuple(needs), check_settings(script, argv))
+    return jobs
+
+
+def check_settings(script: str, argv: list[str]) -> Path:
+    """The run's folder. Raises UserError where it holds a run with other settings, as the script itself would."""
+    module = importlib.import_module(script)
+    cfg, options = parse(f"{script}.py", "", (module.Config, Options), argv, module.TOY)
+    folder = run_folder(script, options)
+    new = {**to_json(cfg, defining_only=True), **to_json(options, defining_only=True)}
+    old = {**to_json(type(cfg)()), **to_json(Options()), **read_json(folder / "config.json")}
+    decided = {"classes", *["amp"] * (options.amp == "auto")}   # at the run's start
+    changed = [key for key in sorted(new.keys() - decided) if old[key] != new[key]]
+    if changed and (folder / "results.json").exists():
+        shown = ", ".join(f"{flag(key)} ({old[key]} -> {new[key]})" for key in changed)
+        raise UserError(f"{folder} holds a run with other settings: {shown}; give another --name, or delete the folder")
+    return folder
+
+
+def work(jobs: dict[tuple[str, int], Job], side_by_side: int) -> list[str]:
+    """Run what is not finished, as far as what it starts from is. Returns: the folders of the runs that failed."""
+    number = {key: k for k, key in enumerate(jobs, 1)}
+
+    def tell(key: tuple[str, int], what: str) -> None:
+        print(f"\nrun {number[key]} of {len(jobs)}{what}: {jobs[key].state}", file=sys.stderr, flush=True)
+
+    done = {key for key, job in jobs.items() if job.finished}
+    waiting, running, failed = [key for key in jobs if key not in done], {}, []
+    pool = ThreadPoolExecutor(side_by_side)
+    try:
+        while True:
+            for key in [key for key in waiting if done.issuperset(jobs[key].needs)][:side_by_side - len(running)]:
+                waiting.remove(key)
+                tell(key, "")
+                running[pool.submit(start, jobs[key], side_by_side)] = key
+            if not running:
+                return failed
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                key = running.pop(future)
+                if future.result():
+                    done.add(key)
+                else:
+                    failed.append(jobs[key].folder.name)
+                tell(key, " FAILED" * (key not in done))
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def start(job: Job, side_by_side: int) -> bool:
+    """Run the stages that are not finished, each by a start of the script. Returns: whether all went well."""
+    threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // side_by_side))} if side_by_side > 1 else {}
+    for stage in [stage for stage in job.stages if stage not in read_json(job.folder / "results.json")]:
+        line = [sys.executable, f"{job.script}.py", *job.argv, "--stage", stage]
+        print(shlex.join(["python", *line[1:]]), file=sys.stderr, flush=True)
+        if subprocess.run(line, stdout=2, env={**os.environ, **threads}).returncode != 0:
+            return False
+    return True
 
 
 def table(results: dict[str, list[dict]], mean: str, gap: bool) -> str:

@@ -36,11 +36,14 @@ lint: setup               ## style
 bench: setup              ## speed, as ratios measured side by side in one run
 	$(PY) tests/bench.py
 
-results: setup            ## METHOD=fada [SEEDS="0 1 2"] [NAME=pair ARGS="--data PATH --init PATH ..."]: the README's tables
+results: setup            ## METHOD=fada, or pair: all runs of docs/results.md [SEEDS="0 1 2"] [NAME=i2c ARGS="--data PATH --init PATH"]
 	$(PY) -m common.results $(METHOD) --seeds $(SEEDS) --name $(NAME) --jobs $(JOBS) -- $(ARGS)
+
+page: setup               ## the tables of docs/results.md again [RUNS="runs/*-i2c-*": with these run folders]
+	$(PY) -m common.page $(RUNS)
 
 clean:                    ## remove .venv, runs and the toy city
 	rm -rf $(VENV) runs data/toycity .ruff_cache
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
-.PHONY: help setup demo test soak lint bench results clean
+.PHONY: help setup demo test soak lint bench results page clean

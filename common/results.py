@@ -156,7 +156,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--rows", nargs="+", help="only these rows, and what they start from")
     parser.add_argument("--runs", default="runs", help="folder that holds the run folders")
     parser.add_argument("--mean", default="mIoU present", help="which mean of results.json the table shows")
-    parser.add_argument("--margin", default="?", help="CAG's margin in the rows of pair; python tests/diagnose.py --margin")
+    parser.add_argument("--margin", default="2.3", help="CAG's in the rows of pair; tests/diagnose.py has it [%(default)s]")
     parser.add_argument("--jobs", type=int, default=1, help="runs side by side")
     parser.add_argument("--show", action="store_true", help="only list the runs: what is finished, in which time")
     args, extra = parser.parse_args(argv[:cut]), argv[cut + 1:] or ["--toy"]
@@ -187,13 +187,13 @@ def first_of(rows: dict[str, tuple[str, str]], row: str) -> str:
 def queue(args, extra: list[str]) -> dict[tuple[str, int], Job]:
     """The runs of the wanted rows and of those that they start from, in order: (row that names the run, seed) -> run.
 
-    Raises: UserError for a run folder with other settings, and for rows of "pair" without --init and --margin."""
+    Raises: UserError for a run folder with other settings, and for rows of "pair" without --init."""
     rows, jobs = RESULTS[args.method], {}
     wanted = {first_of(rows, row) for row in args.rows or rows}
     for row in reversed(rows):                               # what a row starts from stands before it
         if row in wanted:
             wanted |= {first_of(rows, needed) for needed in re.findall(r"\{(.+?)\}", rows[row][1]) if needed in rows}
-    known = {"margin": args.margin, "init": dict(zip(extra, extra[1:])).get("--init", "?")}
+    known = {"margin": args.margin, "init": dict(zip(extra, extra[1:])).get("--init")}
     for row, seed in [(row, seed) for row in rows if row in wanted for seed in args.seeds]:
         script, variant = row.split() if args.method == "pair" else (args.method, row)
         needs, text = [], rows[row][1]
@@ -201,8 +201,8 @@ def queue(args, extra: list[str]) -> dict[tuple[str, int], Job]:
             if name in rows:
                 needs.append((first_of(rows, name), seed))
                 known[name] = str(jobs[needs[-1]].folder)
-            if known[name] == "?":
-                raise UserError(f"{row!r} needs --{name}: give it" + " behind --" * (name == "init"))
+            if not known[name]:
+                raise UserError(f"{row!r} needs --{name} FILE behind --")
             text = text.replace(f"{{{name}}}", shlex.quote(known[name]))
         tag = f"{args.name}-{re.sub(r'[^a-z0-9]+', '-', variant.lower()).strip('-')}-{seed}"
         common = shlex.split(PAIR) if args.method == "pair" else []

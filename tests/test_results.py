@@ -82,8 +82,7 @@ def test_rows_seeds_and_table(stand_in, capfd, jobs):
 
 def test_what_is_refused(stand_in, monkeypatch, capsys):
     for wrong, words in ((["stand_in", "--rows", "lowest"], "unknown row 'lowest'"), (["stand_on"], "no script stand_on.py"),
-                         (["pair", "--", "--data", "x"], "'cag control' needs --margin: give it"),
-                         (["pair", "--margin", "1"], "'bismap control' needs --init: give it behind --")):
+                         (["pair", "--", "--data", "x"], "'bismap control' needs --init FILE behind --")):
         with pytest.raises(SystemExit) as stop:
             results.main(wrong)
         assert stop.value.code == 2 and words in capsys.readouterr().err

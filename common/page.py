@@ -23,9 +23,9 @@ import torch
 from common import metrics
 from common.cli import command
 from common.files import UserError, read_json, read_log, write_atomically
+from common.usage import PATHS
 
 ROOT = Path(__file__).parents[1]
-PATHS = ("init", "from_", "source_images", "stm_weights", "offline_anchors")    # settings that name files of this machine
 TITLES = {"i2c": "IDDA to Cityscapes", "i2v": "IDDA to CamVid", "toy": "toy city"}        # in the order of the tables
 Runs = dict[tuple[str, str, int], dict]                     # (script, variant, seed) -> content of a file of docs/results
 
@@ -316,7 +316,8 @@ def collect(folder: Path, results: Path, pair: str | None = None) -> Path | None
         if images and read_json(other)["images"] not in (images, None):
             raise UserError(f"{folder} was tested on other images than {other}: give it another --pair, or remove the file")
     settings = {key: value for key, value in config.items() if key not in ("images", "made", "lengths", "method", "seed")}
-    settings |= {key: "/".join(Path(settings[key]).parts[-2 if key == "from_" else -1:]) for key in PATHS if settings.get(key)}
+    for key in [key for key in PATHS - {"classes"} if settings.get(key)]:                      # classes: a file's content
+        settings[key] = "/".join(Path(settings[key]).parts[-2 if key == "from_" else -1:])
     log = read_log(folder)
     last = {line["stage"]: line for line in log if "rate" in line}
     content = {

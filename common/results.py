@@ -25,11 +25,10 @@ from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import NamedTuple
 
-from common.cli import command, flag, flags, parse, to_json
+from common.cli import command, flag, parse, to_json
 from common.files import UserError, read_json, read_log
 from common.run import Options
 from common.start import run_folder
-from common.usage import paper_value, show
 
 _CAG = "--from {source only}/source.pt"
 _CAG_CONTROL = f"{_CAG} --lambda-adv 0 --lambda1 0 --lambda2 0"
@@ -119,8 +118,6 @@ RESULTS = {                                                  # script -> row -> 
 class Job(NamedTuple):
     """One run of a script: its stages are started one after another, in one folder."""
 
-    row: str
-    seed: int
     script: str
     argv: list[str]
     stages: tuple[str, ...]
@@ -208,7 +205,7 @@ def queue(args, extra: list[str]) -> dict[tuple[str, int], Job]:
         common = shlex.split(PAIR) if args.method == "pair" else []
         argv = [*common, *extra, *shlex.split(text), "--seed", str(seed), "--tag", tag, "--runs", args.runs]
         stages = dict.fromkeys(stage for other in rows.values() if other[1] == rows[row][1] for stage in other[0].split())
-        jobs[row, seed] = Job(row, seed, script, argv, tuple(stages), tuple(needs), check_settings(script, argv))
+        jobs[row, seed] = Job(script, argv, tuple(stages), tuple(needs), check_settings(script, argv))
     return jobs
 
 
@@ -278,14 +275,6 @@ def table(results: dict[str, list[dict]], mean: str, gap: bool) -> str:
         spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
         share = f"{100 * (means[row] - low) / (high - low):.0f} %" if gap and high != low else "-"
         lines.append(f"| {row} | {means[row]:.1f}{spread} | {' '.join(f'{value:.1f}' for value in values)} | {share} |")
-    return "\n".join(lines)
-
-
-def defaults_table(cls: type) -> str:
-    """A Config as the README shows it, in Markdown: flag, default, the paper's value and where the paper gives it."""
-    lines = ["| flag | default | paper | meaning |", "|---|---|---|---|"]
-    for field, _ in flags(cls):
-        lines.append(f"| `{flag(field.name)}` | {show(field.default)} | {paper_value(field)} | {field.metadata['help']} |")
     return "\n".join(lines)
 
 

@@ -167,7 +167,7 @@ def measure(path: Path, script: str, config: dict, domains: Domains, centers: di
 def diagnose(folder: Path, domains: Domains) -> dict:
     """Everything about one run."""
     config = read_json(folder / "config.json")
-    script, lengths = config["method"], list(config["lengths"])
+    script, lengths = config["method"], list(config.get("lengths") or read_json(folder / "results.json"))
     found = {"labels": {path.relative_to(folder).as_posix(): compare_labels(path, domains.target_labels, len(domains.classes))
                         for pattern in LABELS.get(script, ()) for path in sorted(folder.glob(pattern))}, "features": {}}
     kind = CENTERS.get(script)

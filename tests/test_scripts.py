@@ -18,7 +18,6 @@ from starts import link_checkpoints
 
 from common import usage
 from common.cli import flags
-from common.results import defaults_table
 from common.run import Options, Run
 
 ROOT = Path(__file__).parents[1]
@@ -166,7 +165,7 @@ def test_other_domains(script, flags, folder, classes, means, city, tmp_path):
 def test_the_readme_shows_the_defaults(script):
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     shown = readme.split(f"<!-- defaults: {script} -->\n")[1].split("<!-- /defaults -->")[0]
-    assert shown.strip() == defaults_table(importlib.import_module(script).Config)
+    assert shown.strip() == usage.defaults_table(importlib.import_module(script).Config)
 
 
 @pytest.mark.parametrize("script", ["c2f", "fada"])                # the loader is common; one alters images in it

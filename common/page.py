@@ -235,8 +235,9 @@ def label_classes(pairs: dict[str, Runs], name: str) -> str:
 
 def features(pairs: dict[str, Runs], name: str) -> str:
     """Class center distances, and what the discriminators get right, of each stage's model."""
-    rows = []
-    for title, found in diagnoses(pairs.get(name, {}), "features").items():
+    rows, runs = [], pairs.get(name, {})
+    own = {(script, variant, stage) for (script, variant, _), run in runs.items() for stage in run["stages"]}
+    for title, found in [item for item in diagnoses(runs, "features").items() if item[0] in own]:
         ccd = [[entry["class center distance"][domain] for entry in found] for domain in ("source", "target", "both")]
         right = [entry["discriminator"] for entry in found if "discriminator" in entry]
         rows.append([" ".join(title), *(mean_and_range(values, 2, "") for values in ccd),
@@ -285,6 +286,7 @@ def draw(pairs: dict[str, Runs], path: Path) -> None:
             if values:
                 panel.bar(k, statistics.fmean(values), color="C0" if step.network == "v2" else "C1", alpha=0.5)
                 panel.plot([k] * len(values), values, "ko", markersize=4)
+        panel.set_xlim(-0.6, len(steps) - 0.4)
         panel.axhline(0, color="black", linewidth=0.8)
         panel.set_xticks(range(len(steps)), [f"{step.method}\n{step.name}" for step in steps], fontsize=7)
         panel.set_title(TITLES[name])

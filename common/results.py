@@ -6,7 +6,7 @@
     python -m common.results pair --name i2c --show -- --data PATH --init resnet18.pth        what is finished
 
 What stands behind `--` goes to every run; nothing there means --toy. The rows are those of `RESULTS`: row -> (stages, flags);
-`{row}` in the flags is the run folder of another row with the same seed. Rows with the same flags are stages of one run.
+`{row}` in the flags is the run folder of an earlier row with the same seed. Rows with the same flags are stages of one run.
 Start the same line again to go on: runs that are finished are not started, interrupted ones resume. With --jobs N, N runs go
 side by side, each on its share of the cores. Where a run fails, those that need it are left out and the others go on.
 """
@@ -189,15 +189,15 @@ def queue(args, extra: list[str]) -> dict[tuple[str, int], Job]:
     wanted = {first_of(rows, row) for row in args.rows or rows}
     for row in reversed(rows):                               # what a row starts from stands before it
         if row in wanted:
-            wanted |= {first_of(rows, needed) for needed in re.findall(r"\{(.+?)\}", rows[row][1]) if needed in rows}
+            wanted |= set(re.findall(r"\{(.+?)\}", rows[row][1])) & set(rows)
     known = {"margin": args.margin, "init": dict(zip(extra, extra[1:])).get("--init")}
     for row, seed in [(row, seed) for row in rows if row in wanted for seed in args.seeds]:
         script, variant = row.split() if args.method == "pair" else (args.method, row)
         needs, text = [], rows[row][1]
         for name in re.findall(r"\{(.+?)\}", text):
             if name in rows:
-                needs.append((first_of(rows, name), seed))
-                known[name] = str(jobs[needs[-1]].folder)
+                needs.append((name, seed))
+                known[name] = str(jobs[name, seed].folder)
             if not known[name]:
                 raise UserError(f"{row!r} needs --{name} FILE behind --")
             text = text.replace(f"{{{name}}}", shlex.quote(known[name]))

@@ -60,7 +60,8 @@ class Domains:
 
     def _some(self, *where: str) -> Subset:
         images = self._set(*where)
-        return Subset(images, range(0, len(images), -(-len(images) // self.images)))
+        count = min(len(images), self.images)
+        return Subset(images, [k * len(images) // count for k in range(count)])
 
     @functools.cached_property
     def target_labels(self) -> dict[str, Tensor]:
@@ -169,7 +170,8 @@ def diagnose(folder: Path, domains: Domains) -> dict:
     config = read_json(folder / "config.json")
     script, lengths = config["method"], list(config.get("lengths") or read_json(folder / "results.json"))
     found = {"labels": {path.relative_to(folder).as_posix(): compare_labels(path, domains.target_labels, len(domains.classes))
-                        for pattern in LABELS.get(script, ()) for path in sorted(folder.glob(pattern))}, "features": {}}
+                        for pattern in LABELS.get(script, ()) for path in sorted(folder.glob(pattern))}, "features": {},
+             "stages": list(read_json(folder / "results.json"))}
     kind = CENTERS.get(script)
     centers = {stage: load(path)[kind] for stage in lengths if kind and (path := folder / f"{stage}-{kind}.pt").exists()}
     for stage, following in zip(lengths, [*lengths[1:], None], strict=True):
@@ -214,8 +216,8 @@ def main() -> None:
         config = read_json(folder / "config.json")
         pair, variant = page.run_name(folder, config)
         path, key = args.root / "docs/results" / pair / "diagnosis.json", f"{config['method']}-{variant}-{config['seed']}"
-        done = read_json(path)
-        if key not in done and (folder / "results.json").exists():
+        done, finished = read_json(path), list(read_json(folder / "results.json"))
+        if finished and done.get(key, {}).get("stages") != finished:
             sizes = (config["source_size"], config["target_size"])
             domains.setdefault(sizes, Domains(config, args.data, args.held, args.images))
             page.write(path, dict(sorted({**done, key: diagnose(folder, domains[sizes])}.items())))

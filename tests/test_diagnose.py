@@ -65,6 +65,9 @@ def test_two_runs(city, tmp_path, monkeypatch, capsys):
         assert all(0 <= value <= 1 for value in entry.get("discriminator", {}).values())
     diagnose.main()                                                         # what is there is not measured again
     assert capsys.readouterr().out.count("cag-cag-3:") == 1
+    path.write_text(json.dumps(found | {"cag-cag-3": found["cag-cag-3"] | {"stages": ["source"]}}))
+    diagnose.main()                                                         # but for a run that has finished more since
+    assert "cag-cag-3:" in capsys.readouterr().out and json.loads(path.read_text()) == found
     checkpoint = runs / "cag-gta5-toy-cag-3/source.pt"
     monkeypatch.setattr("sys.argv", ["diagnose.py", "--margin", str(checkpoint), "--data", str(city)])
     diagnose.main()

@@ -65,9 +65,11 @@ def stand_in(tmp_path, monkeypatch):
 @pytest.mark.parametrize("jobs", ["1", "3"])
 def test_rows_seeds_and_table(stand_in, capfd, jobs):
     argv = ["stand_in", "--seeds", "0", "2", "--name", "t", "--jobs", jobs, "--", "--source", "synthia"]
-    for _ in range(2):                                           # what is finished is not started again
+    for times in (1, 2):
         results.main(argv)
-        assert capfd.readouterr().out.splitlines() == [
+        out, said = capfd.readouterr()
+        assert said.count("finished") == (6 if times == 1 else 0)           # what is finished is not started again
+        assert out.splitlines() == [
             *HEAD, "| low | 21.0 ± 1.4 | 20.0 22.0 | 0 % |", "| middle (x) | 31.0 ± 1.4 | 30.0 32.0 | 50 % |",
             "| middle, later, one | 31.0 ± 1.4 | 30.0 32.0 | 50 % |",
             "| middle, later, three | 36.0 ± 1.4 | 35.0 37.0 | 75 % |",

@@ -74,11 +74,3 @@ def show(value) -> str:
 def paper_value(field) -> str:
     """The paper's value and where it stands; † if the paper gives none."""
     return "†" if field.metadata["paper"] is None else f"{show(field.metadata['paper'])} ({field.metadata['section']})"
-
-
-def defaults_table(cls: type) -> str:
-    """A Config as the README shows it, in Markdown: flag, default, the paper's value and where the paper gives it."""
-    lines = ["| flag | default | paper | meaning |", "|---|---|---|---|"]
-    for field, _ in flags(cls):
-        lines.append(f"| `{flag(field.name)}` | {show(field.default)} | {paper_value(field)} | {field.metadata['help']} |")
-    return "\n".join(lines)

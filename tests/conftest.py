@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import sys
+import time
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -19,6 +21,42 @@ sys.path.insert(0, str(Path(__file__).parent))           # tests/starts.py
 
 def pytest_addoption(parser):
     parser.addoption("--soak", action="store_true", help="the long versions of the tests of faults")
+
+
+class Progress:
+    """Prints a line for each test file that is done: which, how many of all, and about how long the others take."""
+
+    def __init__(self, terminal):
+        self.terminal, self.begin, self.left, self.files, self.tests = terminal, time.monotonic(), Counter(), 0, 0
+
+    def collected(self, ids: list[str]) -> None:
+        """ids: those of all tests, such as tests/test_x.py::test_y."""
+        self.left = Counter(name.split("::")[0] for name in ids)
+        self.files, self.tests = len(self.left), len(ids)
+
+    def pytest_collection_finish(self, session):
+        if session.items:                                # none where pytest-xdist's processes collect: then the next is called
+            self.collected([item.nodeid for item in session.items])
+
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_xdist_node_collection_finished(self, node, ids):
+        if not self.files:
+            self.collected(ids)
+
+    def pytest_runtest_logreport(self, report):
+        file = report.nodeid.split("::")[0]
+        self.left[file] -= report.when == "teardown"
+        if report.when == "teardown" and not self.left[file]:
+            del self.left[file]
+            ahead = self.left.total()
+            minutes = (time.monotonic() - self.begin) / (self.tests - ahead) * ahead / 60
+            self.terminal.write_line(f"\n{file}: done, {self.files - len(self.left)} of {self.files}; {minutes:.0f} min left")
+
+
+@pytest.hookimpl(trylast=True)                           # after the terminal's reporter is there
+def pytest_configure(config):
+    if not hasattr(config, "workerinput"):               # of pytest-xdist's processes only the first prints
+        config.pluginmanager.register(Progress(config.pluginmanager.get_plugin("terminalreporter")))
 
 
 @pytest.fixture(scope="session")

@@ -161,13 +161,6 @@ def test_other_domains(script, flags, folder, classes, means, city, tmp_path):
     assert {name for name in result if name.startswith("mIoU") and "present" not in name} == means
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_the_readme_shows_the_defaults(script):
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    shown = readme.split(f"<!-- defaults: {script} -->\n")[1].split("<!-- /defaults -->")[0]
-    assert shown.strip() == usage.defaults_table(importlib.import_module(script).Config)
-
-
 @pytest.mark.parametrize("script", ["c2f", "fada"])                # the loader is common; one alters images in it
 def test_a_damaged_image_ends_the_run_and_its_worker(script, city, tmp_path):
     shutil.copytree(city, tmp_path / "data")

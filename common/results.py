@@ -106,7 +106,7 @@ RESULTS = {                                                  # script -> row -> 
         "cag control": ("warmup stage1 stage2", f"{_ANCHORS} --lambda-adv 0 --lambda1 0 --lambda2 0"),
         "cag cag": ("warmup stage1 stage2", _ANCHORS),
         "bismap control": ("selftrain", f"{_MAPS} {_OFF}"),
-        "bismap bismap": ("selftrain", f"{_MAPS} --pl-ratio 0.443"),
+        "bismap bismap": ("selftrain", f"{_MAPS} --pl-ratio 0.613"),
         "sim control": ("step1", f"{_SIM} --no-ssl --lambda-adv 0 --lambda-ci 0"),
         "sim sim": ("step1 step2", _SIM),
         "fada target": ("source", f"{_V2} --source-iterations 3000 --adversarial-iterations 1000 --target-labels"),

@@ -1,4 +1,4 @@
-"""Where the files of each data set lie, which label is of which image, and one's own classes: what a run's start needs."""
+"""Where the files of each data set lie, which label belongs to which image, and your own classes; used when a run starts."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ _BYPRODUCT = re.compile(r"_(labelTrainIds|labelIds|color|instanceIds|instanceTra
 
 
 class Layout(NamedTuple):
-    """Folders below --data; the endings of files as regular expressions, whatever their case; an example of a name, which also
-    says how deep the files lie ("**": at any depth), and its endings."""
-    images: tuple[str, ...]                                      # the first that is there
+    """Folders below --data; endings of file names as regular expressions (case is ignored); an example of a name, which also
+    gives the depth of the files ("**": any depth), and its endings."""
+    images: tuple[str, ...]                                      # the first that exists
     image_end: str
     labels: str
     label_end: str
@@ -53,13 +53,13 @@ def find_pairs(root: str | Path, dataset: str, split: str = "train", *, images: 
     """List a split's images with their labels, sorted by name; no file is opened.
 
     Args:
-        root: the folder that holds gta5/, synthia/, cityscapes/, crosscity/ or an own set's folder.
-        dataset: one of these; split: "train" or "val", which GTA5 and SYNTHIA lack; city: Cross-City's city.
-        images: a folder with files of the same names to be read instead of the images (translated images).
-        labels: False if labels are not needed, so that `label` is None, as it is in Cross-City's "train".
-        train_ids: take *_labelTrainIds.png where there are such files; own: `dataset` is the folder of a set of one's own.
-        unlabelled: a set without any label file is no error, `label` is None.
-    Raises: UserError for a missing folder (with the expected tree and what is there), city, label or image.
+        root: the folder that holds gta5/, synthia/, cityscapes/, crosscity/ or the folder of your own set.
+        dataset: one of these; split: "train" or "val" (GTA5 and SYNTHIA have no "val"); city: of Cross-City.
+        images: read the images from this folder instead, under the same names (translated images).
+        labels: False if labels are not needed: then `label` is None, as always in Cross-City's "train".
+        train_ids: use *_labelTrainIds.png files if there are any; own: `dataset` is the folder of your own set.
+        unlabelled: accept a set without any label file; then `label` is None.
+    Raises: UserError for a missing folder (with the expected and the existing files), city, label or image.
     """
     layout, root = OWN if own else LAYOUTS.get(dataset), Path(root)
     if not layout or split not in layout.splits:
@@ -70,10 +70,10 @@ def find_pairs(root: str | Path, dataset: str, split: str = "train", *, images: 
         cities = sorted(path.name for path in (root / "crosscity").glob("[!.]*/"))
         if cities and city not in cities:
             raise UserError(f"there is no city {city!r} in {root / 'crosscity'}: choose one of {', '.join(cities)}")
-    part = {"name": dataset, "split": split, "city": city or "Rome", "part": "Train" if split == "train" else "Test"}
-    folders = [root / folder.format(**part) for folder in layout.images]
+    fields = {"name": dataset, "split": split, "city": city or "Rome", "part": "Train" if split == "train" else "Test"}
+    folders = [root / folder.format(**fields) for folder in layout.images]
     image_folder = next((folder for folder in folders if folder.is_dir()), folders[0])
-    label_folder = root / layout.labels.format(**part)
+    label_folder = root / layout.labels.format(**fields)
     files = _list(image_folder, layout, layout.image_end)
     label_files: dict[str, Path] = {}
     if labels:
@@ -84,7 +84,7 @@ def find_pairs(root: str | Path, dataset: str, split: str = "train", *, images: 
     for folder in [image_folder] * (not files) + [label_folder] * (labels and not label_files):
         tree = f"\n  {image_folder / layout.example}{layout.example_ends[0]}"
         tree += f"\n  {label_folder / layout.example}{layout.example_ends[1]}" * labels
-        raise UserError(f"{folder} has no {dataset} files\nexpected:{tree}\nfound in {_found(folder)}")
+        raise UserError(f"{folder} has no {dataset} files\nexpected:{tree}\nfound in {_contents(folder)}")
     for name in sorted(files.keys() ^ label_files.keys()) if labels else ():
         if name in files:
             label = label_folder / f"{name}{layout.example_ends[1]}"
@@ -103,58 +103,58 @@ def find_pairs(root: str | Path, dataset: str, split: str = "train", *, images: 
 
 
 def _list(folder: Path, layout: Layout, end: str, names=None) -> dict[str, Path]:
-    """Name -> file for the files with this ending, as deep below `folder` as the layout's example. With the images' `names`,
-    what other programs put beside labels is left out: names that are another's with _color, _labelTrainIds, ... behind."""
+    """Name -> file for the files below `folder` with this ending, at the depth of the layout's example. If the images' `names`
+    are given, by-products of other programs are skipped: names that end in _color, _labelTrainIds, ... and have no image."""
     files: dict[str, list[Path]] = {}
     for path in _walk(folder, layout.example):
-        if found := re.fullmatch(f"(?P<stem>.+?){end}", path.name, re.IGNORECASE):
-            name = (path.parent / found["stem"]).relative_to(folder).as_posix()
+        if match := re.fullmatch(f"(?P<stem>.+?){end}", path.name, re.IGNORECASE):
+            name = (path.parent / match["stem"]).relative_to(folder).as_posix()
             if names is None or name in names or not _BYPRODUCT.search(name):
                 files.setdefault(name, []).append(path)
     for name, paths in files.items():
         if len(paths) > 1:
             raise UserError(f"{', '.join(path.name for path in sorted(paths))} in {paths[0].parent} have the same name "
-                            f"{Path(name).name!r}: keep one per image (a folder of links to those of one kind will do)")
+                            f"{Path(name).name!r}: keep one per image (a folder with links to the right files is enough)")
     return {name: paths[0] for name, paths in files.items()}
 
 
 def _walk(folder: Path, example: str):
-    """Files as deep below a folder as the example; links to folders are followed. macOS leaves ._00001.png in copies."""
+    """Files below a folder at the depth of the example; follows links to folders. Skips ._00001.png, which macOS adds."""
     if example.startswith("**"):
-        paths = (Path(where, name) for where, _, names in os.walk(folder, followlinks=True) for name in names)
+        paths = (Path(parent, name) for parent, _, names in os.walk(folder, followlinks=True) for name in names)
     else:
         paths = folder.glob("/".join("*" * len(Path(example).parts)))
     return (path for path in paths if not path.name.startswith("."))
 
 
-def _found(folder: Path) -> str:
-    """What the nearest folder that exists holds: its first entries, each with the first file below it."""
-    parent, found = next(path for path in (folder, *folder.absolute().parents) if path.is_dir()), []
+def _contents(folder: Path) -> str:
+    """Describe the nearest existing folder: its first entries, each with the first file below it."""
+    parent, shown = next(path for path in (folder, *folder.absolute().parents) if path.is_dir()), []
     entries = sorted(path for path in parent.iterdir() if not path.name.startswith("."))
     for path in entries[:8]:
         for _ in range(6):
             below = sorted(child for child in path.iterdir() if not child.name.startswith(".")) if path.is_dir() else []
             path = below[0] if below else path
-        found.append(path.relative_to(parent).as_posix() + "/" * path.is_dir())
-    return f"{parent}: {', '.join(found + ['...'] * (len(entries) > 8)) or 'nothing'}"
+        shown.append(path.relative_to(parent).as_posix() + "/" * path.is_dir())
+    return f"{parent}: {', '.join(shown + ['...'] * (len(entries) > 8)) or 'nothing'}"
 
 
 def _similar(folder: Path, stem: str) -> str:
-    """Other files of a folder whose names begin alike; where there are none, any."""
+    """Describe files of a folder whose names begin with `stem`, or any files if there are none."""
     names = sorted(path.name for path in folder.iterdir() if not path.name.startswith(".")) if folder.is_dir() else []
     names = ([name for name in names if name.startswith(stem)] or names)[:4]
     return f" (found there: {', '.join(names)})" if names else ""
 
 
 def find(options, classes: ClassList, domain: str, split: str, labels: bool) -> tuple[list[Pair], str, ClassList]:
-    """The data set behind a run's "source" or "target": its pairs, its name, and the classes with the ids that its files hold.
+    """The data set behind a run's "source" or "target": its pairs, its name, and the classes with the ids of its files.
     The target's validation images need no labels."""
     name, root, images = (options.source, options.data, options.source_images) if domain == "source" else (
         options.target, options.target_data or options.data, None)
     train_ids = options.label_ids in ("train", f"{domain}-train")
     pairs = find_pairs(root, name, split, city=options.city, labels=labels, images=images, train_ids=train_ids,
                        own=name not in LAYOUTS, unlabelled=split == "val")
-    if options.classes and name in LAYOUTS:                      # its ids that the file does not name have no class
+    if options.classes and name in LAYOUTS:                      # ids that the file does not name get no class
         classes = dataclasses.replace(classes, ids=dict.fromkeys(data.DEFINED[name], IGNORE) | classes.ids)
     elif train_ids:
         ids = dict.fromkeys(range(19), IGNORE) | {train_id: k for k, train_id in enumerate(classes.train_ids)}
@@ -163,9 +163,9 @@ def find(options, classes: ClassList, domain: str, split: str, labels: bool) -> 
 
 
 def classes_of(options) -> ClassList:
-    """The classes of a run. `options.classes`, the name of a file, becomes its content as JSON: it belongs to the run.
+    """The classes of a run. Replaces the file name in `options.classes` by the file's content (JSON), which the run keeps.
 
-    Raises: UserError for a pair of domains that is none, and for a file that does not say what classes are."""
+    Raises: UserError for an invalid pair of domains or an invalid file."""
     for flag, name, known in (("--source", options.source, SOURCES), ("--target", options.target, TARGETS)):
         if name not in known and (not options.classes or name in LAYOUTS or not re.fullmatch(r"\w[\w.-]*", name)):
             raise UserError(f"{flag} {name} is none of {', '.join(known)}; a data set of your own is a folder "
@@ -177,29 +177,31 @@ def classes_of(options) -> ClassList:
     if not options.classes:
         return data.class_list(options.source, options.target)
     if options.label_ids != "ids":
-        raise UserError(f"--label-ids {options.label_ids} is for Cityscapes' classes: --classes says itself what ids mean")
+        raise UserError(f"--label-ids {options.label_ids} is for Cityscapes' classes, but --classes defines its own ids: omit "
+                        "--label-ids")
     if options.source == "synthia" and options.target in LAYOUTS:
-        raise UserError(f"--classes has one meaning per file id, and SYNTHIA's ids are not {options.target}'s: choose --source "
-                        "gta5, or leave --classes out")
+        raise UserError(f"--classes gives each id one meaning, but SYNTHIA's ids differ from those of {options.target}: choose "
+                        "--source gta5, or omit --classes")
     if not options.classes.startswith("{"):
         options.classes = json.dumps(_content(Path(options.classes).expanduser()))
     content = json.loads(options.classes)
-    own, means = content["names"], {mean: tuple(map(content["names"].index, over)) for mean, over in content["means"].items()}
-    return ClassList(tuple(own), tuple(map(tuple, content["colors"])), tuple(range(len(own))), means, tuple(content["stuff"]),
-                     {int(key): index for key, index in content["ids"].items()})
+    names = content["names"]
+    means = {title: tuple(map(names.index, members)) for title, members in content["means"].items()}
+    return ClassList(tuple(names), tuple(map(tuple, content["colors"])), tuple(range(len(names))), means,
+                     tuple(content["stuff"]), {int(key): index for key, index in content["ids"].items()})
 
 
 def _content(path: Path) -> dict:
-    """A classes file, checked, with its defaults filled in and "ids" as file id -> class index."""
-    def need(right: bool, what: str) -> None:
-        if not right:
-            raise UserError(f"{path}: {what}; docs/data.md has an example")
+    """Read and check a classes file, fill in its defaults, and turn "ids" into file id -> class index."""
+    def need(valid: bool, message: str) -> None:
+        if not valid:
+            raise UserError(f"{path}: {message}; docs/data.md has an example")
 
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"--classes {path} cannot be read as JSON ({error}); docs/data.md has an example") from error
-    need(isinstance(content, dict), "it must hold one object {...}")
+    need(isinstance(content, dict), "it must contain one JSON object {...}")
     extra = content.keys() - {"names", "colors", "ids", "ignore", "stuff", "means"}
     need(not extra, f"{', '.join(sorted(extra))} is none of names, colors, ids, ignore, stuff, means")
     names, colors = content.get("names"), content.get("colors")
@@ -221,14 +223,14 @@ def _content(path: Path) -> dict:
     for key, index in pairs:
         need(_byte(key) and _byte(index) and (index < len(names) or index == IGNORE),
              f'"ids" and "ignore" have {key!r} (index {index!r}): ids must be in 0..255, indices in 0..{len(names) - 1} or 255')
-        need(sum(key == other for other, _ in pairs) == 1, f"the file id {key} is there twice, and it can mean one thing only")
+        need(sum(key == other for other, _ in pairs) == 1, f"the file id {key} occurs twice, but needs one meaning")
     missing = [name for k, name in enumerate(names) if k not in dict(pairs).values()]
     need(not missing, f'"ids" has no file id for {", ".join(missing)}')
     stuff, means = content.get("stuff", []), content.get("means", {"mIoU": names})
     need(isinstance(stuff, list) and all(name in names for name in stuff), '"stuff" must list some of the names')
     need(isinstance(means, dict) and "mIoU" in means and all(
-        isinstance(over, list) and over and all(name in names for name in over) for over in means.values()),
-         '"means" must be an object with "mIoU" and perhaps others, each a list of some of the names')
+        isinstance(members, list) and members and all(name in names for name in members) for members in means.values()),
+         '"means" must be an object with "mIoU" and optional others, each a list of some of the names')
     return {"names": names, "colors": colors, "ids": {str(key): index for key, index in sorted(pairs)}, "stuff": stuff,
             "means": means}
 

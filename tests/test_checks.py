@@ -72,7 +72,7 @@ def test_the_shares_of_classes_are_said_once_per_set(own, capsys):
         shares = [float(part.split()[-1]) for part in line.split(": ", 2)[2].split(", ")]
         assert abs(sum(shares) - 100) < 1 and len(shares) > 5 and "road " in line and "no class " in line
     assert "target train (cityscapes): no labels" in printed and printed.index("% in 8 labels") < printed.index("source 1/2")
-    assert "looked" not in printed and "another size" not in printed
+    assert "differ in size" not in printed
     assert "% in" not in start(capsys, own)                      # finished: nothing to train, nothing to look at
 
 
@@ -82,8 +82,8 @@ def test_labels_without_a_class_are_refused_before_training(own, capsys, where):
     rewrite(folder.rglob("*.png"), lambda ids: 0 * ids)
     printed = start(capsys, own, expect=2)
     name = "source train" if where == "source" else "target val"
-    assert f"{name}: no pixel of {8 if where == 'source' else 3} labels has a class, their ids are 0 (" in printed
-    assert ("or remove them, and nothing is evaluated" in printed) == (where == "target") and "source 1/2" not in printed
+    assert f"{name}: no pixel of {8 if where == 'source' else 3} labels has a class; their ids are 0 (" in printed
+    assert ("or remove the labels to train without eval" in printed) == (where == "target") and "source 1/2" not in printed
     assert not list((own.parent / "runs").rglob("*.pt"))
 
 
@@ -98,7 +98,7 @@ def test_train_ids_where_ids_belong_are_refused_and_the_flag_reads_them(own, cap
     start(capsys, own, "--tag", "c", "--label-ids", "source-train")
     assert same(trained(own, "fada-gta5-c"), expected) and results(own, "fada-gta5-c") == scores
     printed = start(capsys, own, "--tag", "d", "--label-ids", "train", expect=2)       # Cityscapes' are ids
-    assert "does not define: " in printed and "leave --label-ids out, or give it for one domain only" in printed
+    assert "does not define: " in printed and "omit --label-ids, or use it for one domain only" in printed
 
 
 def test_train_id_files_beside_the_labels(own, capsys):
@@ -160,7 +160,7 @@ def test_labels_of_another_size_are_told_of_once(own, capsys, recwarn):
     for path in [*(own / "gta5/labels").glob("*.png"), *(own / "cityscapes/gtFine/val").rglob("*_labelIds.png")]:
         write_png(path, np.kron(np.array(Image.open(path)), np.ones((2, 2), np.uint8)), 0)
     printed = start(capsys, own, "--source-iterations", "4")
-    line, = (line for line in printed.splitlines() if "another size" in line)
+    line, = (line for line in printed.splitlines() if "differ in size" in line)
     assert "source train (00001.png: 128x64, image 64x32)" in line and "target val (" in line
     assert not [warning for warning in recwarn if ".png" in str(warning.message)]
     assert sum(map(sum, results(own)["source"]["single-scale"]["matrix"])) > 64 * 32 * 3       # at the labels' own 128x64

@@ -135,7 +135,7 @@ def test_known_sets_with_own_classes(city, tmp_path, monkeypatch):
 @pytest.mark.parametrize("change, words", [
     ("names = ['a']", '"names" must list two'), ("names = ['soil'] * 5", "different names"), ("colors = [[1]]", "5 different"),
     ("colors[0] = [0, 0, 256]", "0..255"), ("colors[0] = colors[1]", "different colours"), ("ids = [[1]]", "5 lists of file"),
-    ("ids[0] = [300]", "has|have 300"), ("ids[1] = [0]", "file id 0 is there twice"), ("ids = {'0': 7}", "index 7"),
+    ("ids[0] = [300]", "has|have 300"), ("ids[1] = [0]", "file id 0 occurs twice"), ("ids = {'0': 7}", "index 7"),
     ("ids = {'road': 0}", "'road'"), ("ids[2] = []", "no file id for weed"), ("ignore = 4", '"ignore" must list'),
     ("stuff = ['sea']", '"stuff" must list'), ("means = {'plants': ['crop']}", '"means" must be an object with "mIoU"'),
     ("means['mIoU'] = ['sea']", '"means"'), ("colours = 1", "colours is none of names, colors"), ("ids[0] = [True]", "True"),
@@ -159,7 +159,7 @@ def test_a_classes_file_that_is_none(tmp_path):
         layouts.classes_of(Options(source="a", target="b", classes=str(tmp_path / "missing.json")))
     (tmp_path / "c.json").write_text(EXAMPLE)
     for given, words in (({"label_ids": "train"}, "--label-ids train is for Cityscapes' classes"),
-                         ({"source": "synthia", "target": "cityscapes"}, "SYNTHIA's ids are not cityscapes's"),
+                         ({"source": "synthia", "target": "cityscapes"}, "SYNTHIA's ids differ from those of cityscapes"),
                          ({"source": "../a"}, "--source ../a is none of")):
         with pytest.raises(UserError, match=re.escape(words)):
             layouts.classes_of(Options(**{"source": "a", "target": "b", "classes": str(tmp_path / "c.json"), **given}))

@@ -112,10 +112,10 @@ def test_user_error_becomes_one_line_and_status_2(capsys):
 @pytest.mark.parametrize(("error", "words"), [
     (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), "memory is full: try a smaller --batch-size"),
     (RuntimeError("[gloo] Connection closed by peer [127.0.0.1]:3"), "another process of this run ended; see its message"),
-    (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed."), "a process that loads images was killed"),
+    (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed."), "a worker process was killed"),
     (RuntimeError("DataLoader worker (pid 7) is killed by signal: Bus error. It is possible that"), "with --shm-size"),
     (RuntimeError("Caught RuntimeError in DataLoader worker process 0.\nOriginal Traceback\n  File\nRuntimeError: unable to "
-                  "allocate shared memory(shm) for file </torch_1_2_3>: Success (0)"), "is full, as a container"),
+                  "allocate shared memory(shm) for file </torch_1_2_3>: Success (0)"), "is full; containers"),
     (RuntimeError("unable to write to file </torch_1_2_3>: No space left on device (28)"), "with --shm-size"),
     (UserError("Caught UserError in DataLoader worker process 0.\nOriginal Traceback (most recent call last):\n  File\n"
                "common.files.UserError: x.png is damaged\n"), "error: x.png is damaged"),

@@ -189,7 +189,7 @@ def test_an_image_that_becomes_unreadable_and_a_worker_that_is_killed(starts, ci
     start.until("source 3/5000")
     os.kill(children(start.pid)[0], signal.SIGKILL)
     assert start.wait() == 2 and "Traceback" not in start.text, start.text
-    assert "error: a process that loads images was killed" in start.text.strip().splitlines()[-1], start.text
+    assert "error: a worker process was killed" in start.text.strip().splitlines()[-1], start.text
     assert (tmp_path / "fada-gta5-long/last.pt").exists()
     assert starts.run("fada", argv)[0] == 0
     assert_same_end(tmp_path / "fada-gta5", whole)
@@ -218,7 +218,7 @@ def test_a_worker_that_is_killed_while_it_hands_over_a_batch(broken, city, tmp_p
     with pytest.raises(SystemExit) as stop:
         fada.main(arguments("fada", city, tmp_path, "--workers", "1", "--source-iterations", "50"))
     error = capsys.readouterr().err
-    assert stop.value.code == 2 and error.startswith("fada.py: error: a process that loads images was killed"), error
+    assert stop.value.code == 2 and error.startswith("fada.py: error: a worker process was killed"), error
     assert error.count("\n") == 1
 
 
@@ -239,7 +239,7 @@ def test_a_worker_that_is_killed_while_a_checkpoint_is_written(city, tmp_path, m
     with pytest.raises(SystemExit) as stop:
         fada.main(arguments("fada", city, tmp_path, "--workers", "1", "--source-iterations", "50"))
     error = capsys.readouterr().err
-    assert kills and stop.value.code == 2 and "error: a process that loads images was killed" in error, error
+    assert kills and stop.value.code == 2 and "error: a worker process was killed" in error, error
     assert torch.load(tmp_path / "fada-gta5/last.pt", weights_only=True)["iteration"] >= 2
 
 

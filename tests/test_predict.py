@@ -122,19 +122,19 @@ def test_it_goes_on_and_overwrites_nothing(trained, photos, tmp_path, capsys):
     photo(photos / "new.png", 20, 20, 4)
     assert "1 of 5 images are left" in predict()
 
-    assert "with another weights" in refused("--eval", "--init", _other(tmp_path))           # the same name, another model
+    assert "with different weights" in refused("--eval", "--init", _other(tmp_path))           # the same name, another model
     shutil.copytree(photos, tmp_path / "copy", symlinks=True)
-    assert "with another images, and nothing is overwritten: give a new folder" in refused(images=tmp_path / "copy")
+    assert "with different images, and nothing is overwritten: give a new folder" in refused(images=tmp_path / "copy")
     theirs = tmp_path / "theirs"
     photo(theirs / "labels/a.png", 64, 32)
-    assert f"--out {theirs} holds other things" in refused(into=theirs)
-    assert "holds other things" in refused(into=theirs / "labels/a.png")
+    assert f"--out {theirs} holds other files" in refused(into=theirs)
+    assert "holds other files" in refused(into=theirs / "labels/a.png")
     assert "lies in --predict" in refused(into=photos / "out") and "lies in --predict" in refused(into=photos)
     (tmp_path / "link").symlink_to(theirs)
-    assert "holds other things" in refused(into=tmp_path / "link")
+    assert "holds other files" in refused(into=tmp_path / "link")
     (tmp_path / "none").mkdir()
     assert "none has no image" in refused(images=tmp_path / "none", into=tmp_path / "new")
-    assert "absent is no folder" in refused(images=tmp_path / "absent", into=tmp_path / "new")
+    assert "absent is not a folder" in refused(images=tmp_path / "absent", into=tmp_path / "new")
     (photos / "cut.png").write_bytes((photos / "a.png").read_bytes()[:500])
     with pytest.raises(SystemExit):
         predict()
@@ -197,7 +197,7 @@ def test_weights_of_any_type_are_told_apart(tmp_path, photos):
 
     Folder(photos, None).write(Stub(), "x", Model(1.0), {})
     Folder(photos, None).write(Stub(), "x", Model(1.0), {})
-    with pytest.raises(UserError, match="another weights"):
+    with pytest.raises(UserError, match="different weights"):
         Folder(photos, None).write(Stub(), "x", Model(2.0), {})
     about = json.loads((tmp_path / "out/predict.json").read_text())
     assert about["ids"] == {"a": 7, "b": 8} and about["images"] == os.path.realpath(photos)

@@ -598,7 +598,7 @@ def test_a_file_that_the_machine_cannot_read_is_not_called_damaged(make, monkeyp
         monkeypatch.setattr(torch, "load", fail)
         for read, name in ((lambda: train(run, state, dataset), "first.pt"),
                            (lambda: run.once("first", "anchors", dict), "first-anchors.pt")):
-            with pytest.raises(UserError, match=f"{name} cannot be read now .*it may be whole: keep it"):
+            with pytest.raises(UserError, match=f"{name} cannot be read now .*it may be intact: keep it"):
                 read()
 
 

@@ -60,8 +60,8 @@ def _sample(what: str, sample: list, images: SegmentationDataset) -> str:
     by_id = images.dataset in ("gta5", "cityscapes", "crosscity") and not images.classes.ids and BY_COLOR not in readings
     if by_id and total >= ENOUGH and max(number for number in present if number < IGNORE) <= 18:
         raise UserError(f"{what}: {len(sample)} labels have ids up to 18 only ({_some(present)}; first file: "
-                        f"{sample[0].label}) and look like train ids, as ids go up to 33: add --label-ids {what.split()[0]}-train, "
-                        "or --label-ids train if both domains have train ids")
+                        f"{sample[0].label}) and look like train ids, as ids go up to 33: add --label-ids "
+                        f"{what.split()[0]}-train, or --label-ids train if both domains have train ids")
     shares = sorted(zip(counts.tolist(), images.classes.names, strict=False), reverse=True)
     text = ", ".join(f"{name} {100 * count / total:.1f}" for count, name in shares if count)
     notes = "".join(f"; {reading} (as in {name})" for reading, name in readings.items() if reading)

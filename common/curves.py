@@ -1,9 +1,9 @@
-"""Charts of runs from their log.jsonl, by matplotlib, and a table of what two runs or more reach per class.
+"""Charts of runs from their log.jsonl, drawn by matplotlib, and a table of the IoU per class of two or more runs.
 
     python -m common.curves RUN [RUN ...]        writes curves.png here, or --out FILE
 
-A panel for the mIoU and one for each loss, so that no line hides another: the logged means thin, smoothed ones thick. Stages
-follow one another on the horizontal axis, and a dashed line stands where one begins.
+The mIoU and each loss have a panel of their own. Thin lines are the logged means, thick lines are smoothed. Stages follow one
+another on the horizontal axis, and a dashed line marks where a stage begins.
 """
 
 from __future__ import annotations
@@ -18,49 +18,50 @@ NOT_LOSSES = {"stage", "iteration", "rate", "seconds", "miou"}
 
 
 def series(folder: Path) -> tuple[dict[str, list[tuple[int, float]]], dict[str, int]]:
-    """What a run has logged.
+    """Read what a run has logged.
 
-    Returns: name -> points (iterations since the run's begin, value), "mIoU" in percent among them; stage -> iterations
+    Returns: name -> points (iterations since the start of the run, value), with "mIoU" in percent; stage -> iterations
         before it.
     """
-    lines, begin, points = read_log(folder), {}, {}
+    lines, starts, points = read_log(folder), {}, {}
     for stage in dict.fromkeys(line["stage"] for line in lines):
-        begin[stage] = sum(max((line["iteration"] for line in lines if line["stage"] == before), default=0) for before in begin)
+        starts[stage] = sum(max((line["iteration"] for line in lines if line["stage"] == earlier), default=0)
+                            for earlier in starts)
     for line in lines:
         values = {key: value for key, value in line.items() if key not in NOT_LOSSES} if "rate" in line else {}
         for name, value in {**line.get("miou", {}), **values}.items():
-            points.setdefault(name, []).append((begin[line["stage"]] + line["iteration"], value))
-    return points, begin
+            points.setdefault(name, []).append((starts[line["stage"]] + line["iteration"], value))
+    return points, starts
 
 
-def smooth(values: list[float], keep: float = 0.9) -> list[float]:
-    """Exponential moving mean, without the bias of its beginning."""
-    mean, weight, out = 0.0, 0.0, []
+def smooth(values: list[float], decay: float = 0.9) -> list[float]:
+    """Exponential moving mean, corrected for the bias at its start."""
+    mean, weight, means = 0.0, 0.0, []
     for value in values:
-        mean, weight = keep * mean + (1 - keep) * value, keep * weight + (1 - keep)
-        out.append(mean / weight)
-    return out
+        mean, weight = decay * mean + (1 - decay) * value, decay * weight + (1 - decay)
+        means.append(mean / weight)
+    return means
 
 
 def draw(folders: list[Path], path: Path) -> None:
-    """Write the chart of one run, or of several to compare. Raises: ImportError without matplotlib."""
+    """Write the chart of one run, or of several for comparison. Raises: ImportError without matplotlib."""
     from matplotlib.figure import Figure  # without pyplot: no window, no global state
 
     runs = {folder.name: series(folder) for folder in folders}
     names = list(dict.fromkeys(name for points, _ in runs.values() for name in points))
     figure = Figure(figsize=(9, 1 + 2.2 * max(1, len(names))), layout="constrained")
     for panel, name in zip(figure.subplots(max(1, len(names)), 1, squeeze=False, sharex=True)[:, 0], names):
-        for color, (run, (points, begin)) in enumerate(runs.items()):
+        for color, (run, (points, starts)) in enumerate(runs.items()):
             x, y = zip(*sorted(points.get(name, [(0, float("nan"))])))
             if name.startswith("mIoU"):
                 panel.plot(x, y, "o-", color=f"C{color}", label=run)
             else:
                 panel.plot(x, y, color=f"C{color}", alpha=0.3, linewidth=0.8)
                 panel.plot(x, smooth(list(y)), color=f"C{color}", label=run)
-            for stage, at in begin.items():
-                panel.axvline(at, color=f"C{color}", linestyle="--", linewidth=0.6)
+            for stage, start in starts.items():
+                panel.axvline(start, color=f"C{color}", linestyle="--", linewidth=0.6)
                 if panel is figure.axes[0]:
-                    panel.annotate(f" {stage}", (at, 1), xycoords=("data", "axes fraction"), va="bottom", fontsize=8)
+                    panel.annotate(f" {stage}", (start, 1), xycoords=("data", "axes fraction"), va="bottom", fontsize=8)
         panel.set_ylabel(f"{name}, %" if name.startswith("mIoU") else name)
     if len(runs) > 1:
         figure.axes[0].legend(fontsize=8)
@@ -69,7 +70,7 @@ def draw(folders: list[Path], path: Path) -> None:
 
 
 def differences(folders: list[Path]) -> str:
-    """IoU in percent of the last stage that each run has evaluated, per class, and its difference to the first run's."""
+    """Table of each run's IoU per class in percent, at its last evaluated stage, and the difference to the first run."""
     columns = {}
     for folder in folders:
         results = read_json(folder / "results.json")
@@ -79,7 +80,7 @@ def differences(folders: list[Path]) -> str:
         columns[f"{folder.name}, {stage}"] = next(iter(tests.values()))
     first = next(iter(columns.values()))
     if any(result["iou"].keys() != first["iou"].keys() for result in columns.values()):
-        raise UserError(f"{', '.join(columns)} have other classes: compare runs with the same --source and --target")
+        raise UserError(f"{', '.join(columns)} have different classes: compare runs with the same --source and --target")
     lines = [" ".join(f"{title:>24}" for title in ("class", *columns))]
     for name in (*first["iou"], "mIoU"):
         values = [result["iou"].get(name, result.get(name)) for result in columns.values()]
@@ -92,7 +93,7 @@ def differences(folders: list[Path]) -> str:
 
 @command
 def main(argv: list[str] | None = None) -> None:
-    """Draw runs, and with two or more print their differences."""
+    """Draw the chart of the runs; for two or more, print their differences."""
     parser = argparse.ArgumentParser(prog="python -m common.curves", description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folders")

@@ -1,4 +1,4 @@
-"""What a run does once, when it starts: check its settings, know its folder again, say what it is."""
+"""What a run does once, when it starts: check its settings and its folder, and print what it is."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from common.cli import Size, flag, to_json
 from common.distributed import gather_objects
 from common.files import UserError, load, read_json, write_json
 
-NOTES = ("lengths", "images", "made")                            # of config.json; the rest is settings, which are compared
+NOTES = ("lengths", "images", "made")                            # in config.json; all other entries are settings
 
 
 def run_folder(method: str, options) -> Path:
@@ -28,11 +28,11 @@ def run_folder(method: str, options) -> Path:
 
 
 def check_settings(options, stages: tuple[str, ...], sizes: dict, largest_scale: float, folder: Path) -> None:
-    """Refuse a stage, an export, an upper bound, a crop that make no sense. folder: the run's; else as for `Run`."""
+    """Refuse an invalid stage, export, upper bound or crop. folder: of the run; other arguments as for `Run`."""
     if options.stage not in (None, *stages):
         raise UserError(f"--stage {options.stage} is unknown; the stages are {', '.join(stages)}")
     if bool(options.predict) != bool(options.out):
-        raise UserError("--predict FOLDER takes the images, --out FOLDER gets the labels: give both")
+        raise UserError("--predict FOLDER holds the images, --out FOLDER receives the labels: give both")
     options.eval |= bool(options.predict)
     if options.export:
         check_export(Path(options.export), folder)
@@ -41,7 +41,7 @@ def check_settings(options, stages: tuple[str, ...], sizes: dict, largest_scale:
     if options.target == "crosscity" and options.target_labels:
         raise UserError("Cross-City's training images have no labels: --target-labels is for --target cityscapes")
     if options.target_labels and options.stage != stages[0]:
-        raise UserError(f"--target-labels trains an upper bound, nothing is adapted from it: add --stage {stages[0]}")
+        raise UserError(f"--target-labels trains an upper bound, which is not adapted: add --stage {stages[0]}")
     for width, height in filter(None, sizes.values() if options.crop else ()):
         largest = Size(round(largest_scale * width), round(largest_scale * height))
         if options.crop.width > largest.width or options.crop.height > largest.height:
@@ -51,7 +51,7 @@ def check_settings(options, stages: tuple[str, ...], sizes: dict, largest_scale:
 
 
 def check_export(path: Path, own: Path) -> None:
-    """Refuse to write exported weights over a run: they lack what a run needs to go on. own: the folder of this run."""
+    """Refuse to overwrite files of a run by exported weights, which cannot resume it. own: the folder of this run."""
     if path.suffix == ".json":
         raise UserError(f"--export {path} is the name of the JSON file beside the weights: choose another suffix")
     for folder in path.resolve().parents:
@@ -59,14 +59,14 @@ def check_export(path: Path, own: Path) -> None:
             raise UserError(f"--export {path} lies in the run folder {folder}, whose files the run needs: write it elsewhere")
     try:
         content = load(path) if path.exists() else None
-    except UserError:                                            # no file of torch, so no checkpoint
+    except UserError:                                            # not a torch file, so not a checkpoint
         return
     if isinstance(content, dict) and {"method", "stage", "state"} <= content.keys():
         raise UserError(f"--export {path} is a checkpoint of {content['method']}.py, which it would replace: give another name")
 
 
 def native_bf16(device: torch.device) -> bool:
-    """Whether a device computes in bfloat16 itself, and does not imitate it (which is slower than float32)."""
+    """Whether a device computes in bfloat16 natively; emulation is slower than float32."""
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device)[0] >= 8
     known = (getattr(torch.cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
@@ -74,8 +74,8 @@ def native_bf16(device: torch.device) -> bool:
 
 
 def check_config(run) -> None:
-    """Refuse to continue a run with other settings; a folder in which nothing was trained yet is free. A setting that its
-    config.json lacks, as an earlier version wrote it, has its default there. --amp auto is decided here, once per run."""
+    """Refuse to continue a run with other settings, unless nothing is trained yet. A setting that an earlier version did not
+    write to config.json counts as its default. --amp auto is decided here, once per run."""
     path = run.folder / "config.json"
     old, trained = gather_objects((read_json(path), any(run.folder.glob("*.pt"))))[0]
     if run.options.amp == "auto":
@@ -95,7 +95,7 @@ def check_config(run) -> None:
 
 
 def _way_on(run, changed: list[str], lengths: dict) -> str:
-    """How to train a stage for longer than a run that is there has trained it."""
+    """How to train a stage for longer than an existing run did."""
     if all(key.endswith(("iterations", "epochs")) for key in changed):
         same = next((k for k, stage in enumerate(run.stages) if lengths.get(stage) != run.lengths[stage]), 0)
         before = run.folder / f"{run.stages[same - 1]}.pt"
@@ -105,7 +105,7 @@ def _way_on(run, changed: list[str], lengths: dict) -> str:
 
 
 def check_images(run, domain: str, split: str, dataset) -> None:
-    """Say, once, how many images a set has; refuse to continue a run with others."""
+    """Print once how many images a set has; refuse to continue a run with other images."""
     path, name, new = run.folder / "config.json", f"{domain} {split}", checks.identity(dataset)
     if name in run.sets:
         return
@@ -122,13 +122,13 @@ def check_images(run, domain: str, split: str, dataset) -> None:
 
 
 def select(run, base: dict | None) -> tuple[str, ...]:
-    """The stages of this start: --stage, or those after the one that --from finished, or all. base: --from's content."""
+    """The stages to run: --stage, or those after the stage of --from, or all. base: the content of --from."""
     stage, path, first = run.options.stage, run.options.from_, 0
     if run.options.eval:
         return run.stages
     if base:
         if base.get("iteration", 0) < base.get("iterations", 0):
-            raise UserError(f"--from {path} is from inside the stage {base['stage']!r}; start that run again to finish it")
+            raise UserError(f"--from {path} is from the middle of stage {base['stage']!r}; start that run again to finish it")
         method = base.get("method", run.method)
         own = method == run.method and base["stage"] in run.stages
         first = run.stages.index(base["stage"]) + 1 if own else len(run.stages)
@@ -144,18 +144,18 @@ def select(run, base: dict | None) -> tuple[str, ...]:
 
 
 def check_nothing_is_stale(run, stage: str, missing: str) -> None:
-    """What a stage needs, or the stage itself, must not be made anew under what an earlier one led to."""
+    """Refuse to repeat a stage, or to make `missing` again, while results that depend on the old one exist."""
     later = run.stages[run.stages.index(stage) + 1:]
     left = [f"{stage}.pt"] * gather_objects((run.folder / f"{stage}.pt").exists())[0]
     left += [path.name for name in later for pattern in ("", "-*") for path in run.folder.glob(f"{name}{pattern}.pt")]
     left += [f"{name!r} in results.json" for name in (stage, *later) if name in run.results()]
     if left:
-        raise UserError(f"{run.folder} has no {missing}, but what came after it ({', '.join(left)}): delete the folder, or "
+        raise UserError(f"{run.folder} has no {missing}, but has later results ({', '.join(left)}): delete the folder, or "
                         "give this run another --tag")
 
 
 def commit() -> str:
-    """The git commit of the scripts, with "-dirty" if they are changed; "unknown" if there is none."""
+    """The git commit of the scripts, with "-dirty" if they have local changes; "unknown" if there is none."""
     try:
         done = subprocess.run(["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"],
                               capture_output=True, text=True, timeout=10)
@@ -165,14 +165,14 @@ def commit() -> str:
 
 
 def made(run) -> dict:
-    """Where a run comes from; stands in config.json and is not compared."""
+    """The origin of a run, for config.json; it is not compared when a run continues."""
     return {"torch": torch.__version__, "torchvision": torchvision.__version__, "commit": commit(), "host": platform.node(),
             "date": datetime.datetime.now().astimezone().isoformat(timespec="seconds"), "data": run.options.data,
             "target_data": run.options.target_data}
 
 
 def introduce(run, asked: str) -> None:
-    """A run's first lines: script, commit, device, precision, folder, stages; with --toy, the toy city is there then. `asked`:
+    """Print a run's first lines: script, commit, device, precision, folder, stages. With --toy, render the toy city. `asked`:
     the precision on the command line."""
     device, name = run.device.type, run.options.device
     if device == "cuda":
@@ -193,21 +193,21 @@ def introduce(run, asked: str) -> None:
 
 
 def trained_with(method: str, values: dict, defining: set[str]) -> list[str]:
-    """The flags of what --eval evaluates, a checkpoint of this project or a run's folder: names it, sizes, network, data.
+    """The flags that a checkpoint or a run was trained with (sizes, network, data, ...), for its evaluation by --eval.
 
-    Args: values: what the command line and the defaults give so far; defining: names of the flags that define a run.
+    Args: values: of the command line and the defaults; defining: names of the flags that define a run.
     """
     options = SimpleNamespace(**values)
     if options.from_:
         try:
             content = dict(load(options.from_))
-        except (UserError, TypeError, ValueError):               # of another project, or none: it is read and refused later
+        except (UserError, TypeError, ValueError):               # another project's file: read or refused later
             content = {}
         found = {**content.get("options", {}), **(content.get("config", {}) if content.get("method") == method else {})}
         folders = found
     else:
         folder = run_folder(method, options)
-        if not (folder / "config.json").exists():                # --source and --target may be another pair
+        if not (folder / "config.json").exists():                # perhaps of another --source or --target
             others = [path.parent for path in Path(options.runs).glob(f"{method}-*/config.json")
                       if not options.tag or path.parent.name.endswith(f"-{options.tag}")]
             folder = others[0] if len(others) == 1 else folder
@@ -227,7 +227,7 @@ def trained_with(method: str, values: dict, defining: set[str]) -> list[str]:
 
 
 def tensorboard(folder: Path):
-    """What --tensorboard writes to. Raises UserError if it is not installed."""
+    """The writer for --tensorboard. Raises UserError if tensorboard is not installed."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:

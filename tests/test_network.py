@@ -60,7 +60,7 @@ def test_the_pages_network_trains_in_every_script(script, edited, city, tmp_path
     module, runs = edited(script), tmp_path / "runs"
     module.main(small(script, city, runs, "--export", str(tmp_path / "mine.pth")))
     printed = capsys.readouterr().out
-    assert "network: MyNetwork, " in printed and "feat of 128 channels on 1/16" in printed
+    assert "network: MyNetwork, " in printed and "feat has 128 channels at 1/16" in printed
     folder = runs / f"{script}-gta5"
     assert list(json.loads((folder / "results.json").read_text())) == STAGES[script]
     last, exported = final_state(folder, STAGES[script][-1]), torch.load(tmp_path / "mine.pth", weights_only=True)
@@ -125,13 +125,13 @@ def returning(result):
 @pytest.mark.parametrize(("build", "words"), [
     (returning(lambda feat, logits: logits), "Wrong returns a Tensor for two images of 64x128: forward must return feat"),
     (returning(lambda feat, logits: {"out": logits}), "returns a dict"),
-    (returning(lambda feat, logits: (feat, logits, logits)), "returns 3 things"),
-    (returning(lambda feat, logits: (feat, None)), "returns 2 things"),
+    (returning(lambda feat, logits: (feat, logits, logits)), "returns 3 values"),
+    (returning(lambda feat, logits: (feat, None)), "returns 2 values"),
     (returning(lambda feat, logits: (feat, logits[:, :-1])), r"logits \(2, 4, 32, 64\).*logits \(N, 5, h, w\)"),
     (returning(lambda feat, logits: (feat[:, :, ::2], logits)), r"feat \(2, 6, 16, 64\).*both on one grid"),
     (returning(lambda feat, logits: (feat.mean((2, 3)), logits)), r"feat \(2, 6\)"),
     (returning(lambda feat, logits: feat @ logits), "Wrong fails on two images of 64x128 .RuntimeError"),
-    (lambda num_classes: 3, "gives a int, and a torch.nn.Module is needed"),
+    (lambda num_classes: 3, "returns a int, but a torch.nn.Module is needed"),
 ])
 def test_what_is_missing_is_said_in_one_sentence(build, words):
     with pytest.raises(UserError, match=words) as error:
@@ -149,9 +149,9 @@ def test_the_check_changes_nothing(capsys):
     assert all(torch.equal(value, model.module.state_dict()[key]) for key, value in plain.state_dict().items())
     assert model.module.training and model.module.encoder.training
     assert model.feat_channels == 6 and model.num_classes == 5
-    assert "without a member" not in capsys.readouterr().out
+    assert "no member" not in capsys.readouterr().out
     make_network(lambda k: nn.Sequential(Net(k)), "resnet18", 5)
-    assert "<lambda>" in (line := capsys.readouterr().out) and "without a member `encoder`, all of it learns" in line
+    assert "<lambda>" in (line := capsys.readouterr().out) and "it has no member `encoder`, so all of it learns" in line
 
 
 def test_batch_norm_is_frozen_and_rates_are_given():
@@ -198,11 +198,11 @@ def test_its_input_and_its_weights(tmp_path, capsys):
     state["head.weight"] = state["head.weight"][:3]
     state["odd.weight"] = state.pop("rest.0.weight")
     torch.save(state, file)
-    with pytest.raises(UserError, match="2 of its weights are missing or have another shape, 1 are left over .rest.0.weight"):
+    with pytest.raises(UserError, match="2 weights are missing or have another shape, 1 are unexpected .rest.0.weight"):
         build_model(Net, "resnet18", 5, str(file))
     assert not build_model(Net, "resnet18", 5, str(file), partial_init=True).complete
     torch.save({**trained.state_dict(), "odd.weight": torch.zeros(1)}, file)
-    with pytest.raises(UserError, match="0 of its weights are missing or have another shape, 1 are left over .odd.weight"):
+    with pytest.raises(UserError, match="0 weights are missing or have another shape, 1 are unexpected .odd.weight"):
         build_model(Net, "resnet18", 5, str(file))
     initial = build_model(Net, "resnet18", 5, "imagenet")                      # as its constructor makes it
     assert not initial.complete and initial.frozen_bn == "encoder"

@@ -226,7 +226,7 @@ def test_stage_and_from_decide_what_is_pending(make, tmp_path):
         make(tag="c", from_=str(run.folder / "second.pt"))
     with pytest.raises(AttributeError):
         train(*make(tag="d"), at=lambda it, loss: None if it == 5 else loss)     # fails after the checkpoint of iteration 4
-    with pytest.raises(UserError, match="last.pt is from inside the stage 'first'; start that run again"):
+    with pytest.raises(UserError, match="last.pt is from the middle of stage 'first'; start that run again"):
         make(tag="c", from_=str(tmp_path / "x-gta5-d/last.pt"))
 
 
@@ -242,7 +242,7 @@ def test_a_published_network_has_finished_the_first_stage_of_a_run_that_has_no_o
     ({"source": "cityscapes"}, "--source and --target are both cityscapes: add --target-data FOLDER"),
     ({"crop": Size(65, 32)}, "--crop 65x32 is larger than the images .64x32.; choose a smaller crop"),
     ({"export": "x.json"}, "--export x.json is the name of the JSON file beside the weights"),
-    ({"target_labels": True}, "--target-labels trains an upper bound, nothing is adapted from it: add --stage first"),
+    ({"target_labels": True}, "--target-labels trains an upper bound, which is not adapted: add --stage first"),
     ({"target_labels": True, "stage": "second"}, "add --stage first"),
     ({"target": "crosscity", "target_labels": True, "stage": "first"}, "Cross-City's training images have no labels"),
     ({"device": "cuda"}, "--device cuda is not available"),
@@ -338,7 +338,7 @@ def test_what_a_stage_computes_before_it_trains_is_computed_once(make):
     with pytest.raises(UserError, match="first-anchors.pt is damaged .*; delete it, and last.pt if there is one, to compute"):
         run.once("first", "anchors", compute)
     path.unlink()                                                # what was trained came from another
-    with pytest.raises(UserError, match="has no first-anchors.pt, but what came after it .first.pt."):
+    with pytest.raises(UserError, match="has no first-anchors.pt, but has later results .first.pt."):
         run.once("first", "anchors", compute)
     assert len(calls) == 1
 
@@ -380,14 +380,14 @@ def test_a_stage_does_not_start_anew_under_what_came_after_it(make):
     train(run, state, dataset)
     train(run, state, dataset, "second")
     (run.folder / "first.pt").unlink()
-    with pytest.raises(UserError, match="has no first.pt, but what came after it .second.pt."):
+    with pytest.raises(UserError, match="has no first.pt, but has later results .second.pt."):
         train(*make())
-    with pytest.raises(UserError, match="has no first-anchors.pt, but what came after it .second.pt."):
+    with pytest.raises(UserError, match="has no first-anchors.pt, but has later results .second.pt."):
         make()[0].once("first", "anchors", dict)
     (run.folder / "second.pt").unlink()
     for left in ("second-labels.pt", "results.json"):
         (run.folder / left).write_text('{"second": {}}')
-        with pytest.raises(UserError, match=f"has no first.pt, but what came after it .({left}|'second' in {left})."):
+        with pytest.raises(UserError, match=f"has no first.pt, but has later results .({left}|'second' in {left})."):
             train(*make())
         (run.folder / left).unlink()
     assert train(*make()) == list(range(10))

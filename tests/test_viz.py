@@ -141,8 +141,8 @@ def test_series_of_stages_follow_one_another(tmp_path):
               {"stage": "one", "iteration": 4, "rate": 0.1, "seconds": 1.0, "seg": 1.0},
               {"stage": "one", "iteration": 4, "miou": {"mIoU": 40.0}},
               {"stage": "two", "iteration": 3, "rate": 0.1, "seconds": 1.0, "seg": 0.5, "adv": 7.0})
-    points, begin = curves.series(run)
-    assert begin == {"one": 0, "two": 4}
+    points, starts = curves.series(run)
+    assert starts == {"one": 0, "two": 4}
     assert points == {"seg": [(2, 2.0), (4, 1.0), (7, 0.5)], "mIoU": [(4, 40.0)], "adv": [(7, 7.0)]}
     assert curves.smooth([3.0, 3.0, 3.0]) == pytest.approx([3.0] * 3)
     assert curves.smooth([0.0, 1.0])[1] == pytest.approx(0.1 / 0.19)    # the weights are 0.09 and 0.1

@@ -2,15 +2,15 @@
 
     python -m common.toycity ROOT [--seed 0] [--train 240] [--val 60] [--size 256x128]
 
-    game     saturated, clean and crisp, from high above a wide street: gta5/ and, the same pictures, synthia/
+    game     saturated, clean and crisp, from high above a wide street: gta5/ and, with the same pictures, synthia/
     camera   a greyish-green cast, haze, blur and sensor noise, from a low car in a narrow street: cityscapes/
     rome     a mild, warm variation of the camera with more motorcycles: crosscity/Rome/
 
-It stands in for real data where there is none. A street is a small three-dimensional scene of flat polygons, painted
-far to near through a pinhole camera. What is painted is the polygon's number; class, colours, texture and distance of
-a pixel are looked up by it, so image and label cannot disagree. The inverse distance of a plane is linear in image
-coordinates: so each pixel knows its place in the world, from which textures get their perspective and haze its depth.
-Image i of a domain depends on (seed, domain, i) alone.
+It replaces real data if there is none. A street is a small three-dimensional scene of flat polygons, which a pinhole
+camera draws from far to near. The drawing holds the polygons' numbers; they give each pixel its class, colours, texture
+and distance, so image and label cannot disagree. The inverse distance of a plane is linear in image coordinates, so
+each pixel's place in the world is known: it gives textures their perspective and haze its depth. Image i of a domain
+depends on (seed, domain, i) alone.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ from PIL import Image, ImageDraw, ImageFilter
 from common.cli import Size, command
 from common.files import UserError, progress, write_json
 
-VERSION = 1                                             # of the pictures: another version is another data set
+VERSION = 1                                             # of the pictures: each version is another data set
 MARKER = "toycity.json"
 SIZE = Size(256, 128)
 SUPERSAMPLE = 2                                         # colours are averaged, labels never
-NEAR = 1.0                                              # metres; what is nearer is cut off
+NEAR = 1.0                                              # metres; nearer parts are cut off
 
 # Cityscapes ids; EGO to GROUND and RAILS are void in training.
 EGO, ROI, STATIC, GROUND, ROAD, SIDEWALK, RAILS, BUILDING, WALL, FENCE = 1, 3, 4, 6, 7, 8, 10, 11, 12, 13
@@ -66,29 +66,29 @@ Place = tuple[float, float, float]                      # x, z and yaw of a soli
 
 @dataclass(frozen=True)
 class Style:
-    """What one domain looks like: the camera's place, the street, the number of things in it, photometry."""
+    """How one domain looks: the camera's position, the street, the number of objects in it, photometry."""
 
-    eye: Range                                          # height of the camera, metres
+    eye: Range                                          # camera height, metres
     horizon: Range                                      # from the top, as a share of the image's height
     focal: Range                                        # as a share of the image's width
     road: Range                                         # half width, metres
     texture: float                                      # factor on the size of textures
-    mean: dict[str, float]                              # mean number of things in a picture
+    mean: dict[str, float]                              # mean number of objects per picture
     roadside: dict[str, float]                          # probability of a train, wall, ... on each side
     greenery: float                                     # share of blocks with trees instead of a building
     floors: Range                                       # of a building
     grass: Color
     foliage: Color
     sky: tuple[Color, Color]                            # blue and clouds
-    haze: float                                         # metres at which 63 % of the colour is haze
+    haze: float                                         # distance at which haze is 63 % of the colour, metres
     haze_color: Color
     cast: Color
     gamma: float
     saturation: float
     contrast: float
-    blur: float                                         # pixels in an image 256 wide
+    blur: float                                         # pixels, in an image of width 256
     noise: float
-    hood: bool                                          # is the hood of the own car in the picture
+    hood: bool                                          # whether the picture shows the camera car's hood
 
 
 GAME = Style(
@@ -146,7 +146,7 @@ class Paint:
 
 @functools.cache
 def _grain() -> np.ndarray:
-    """(512, 512) float32 of smooth periodic noise in 0..1 with four samples a cell."""
+    """(512, 512) float32 of smooth periodic noise in 0..1 with four samples per cell."""
     noise = np.kron(np.random.default_rng(0).random((128, 128)), np.ones((4, 4)))
     for axis in (0, 1):
         noise = sum(np.roll(noise, shift, axis) for shift in range(4)) / 4
@@ -164,7 +164,7 @@ def _texture(kind: int, x: np.ndarray, y: np.ndarray, z: np.ndarray, period: np.
         return 0.5 * _noise(w, h) + 0.5 * _noise(w / 9, h / 20)
     if kind == SLABS:
         return np.where((w % 1 < 0.1) | (h % 1 < 0.1), 0.9, 0.35 * _noise(w, h))
-    if kind == WINDOWS:                                 # each window reflects something else
+    if kind == WINDOWS:                                 # each window has its own reflection
         glass = (u % 1 > 0.28) & (u % 1 < 0.78) & (v % 1 > 0.3) & (v % 1 < 0.8)
         return np.where(glass, 0.6 + 0.4 * _noise(np.floor(u), np.floor(v)), 0.2 * _noise(6 * u, 6 * v))
     if kind == BRICK:
@@ -178,13 +178,13 @@ def _texture(kind: int, x: np.ndarray, y: np.ndarray, z: np.ndarray, period: np.
         return 0.5 * _noise(3 * w, h) + 0.5 * _noise(w / 5, h / 5)
     if kind == CLADDING:
         return np.where(v % 1 < 0.3, 0.7, 0.1 * _noise(u, v))
-    if kind == STRIPE:                                  # one stripe, a period from the ground
+    if kind == STRIPE:                                  # one stripe, one period above the ground
         return np.where((v > 1) & (v < 1.35), 1.0, 0.1 * _noise(u, v))
     return 0.3 * _noise(6 * across, 6 * y)              # PLAIN
 
 
 class Scene:
-    """A picture under way: what is painted later covers what was painted before."""
+    """A picture in progress: later shapes cover earlier ones."""
 
     def __init__(self, style: Style, size: Size, rng: np.random.Generator):
         self.style, self.size, self.rng = style, size, rng
@@ -199,7 +199,7 @@ class Scene:
         blue, cloud = style.sky
         weather = rng.uniform(0, 0.6)
         blue = tuple(a + weather * (b - a) for a, b in zip(blue, cloud))
-        self.rows = [(0, 0, 0, *blue, *cloud, CLOUDS, 1, SKY, 0)]   # number 0: where nothing else is painted
+        self.rows = [(0, 0, 0, *blue, *cloud, CLOUDS, 1, SKY, 0)]   # number 0: the background
 
     def thing(self) -> int:
         """The number of a new instance."""
@@ -207,7 +207,7 @@ class Scene:
         return self.instances
 
     def pick(self, colors: Sequence[Color], spread: float = 0.04) -> Color:
-        """One of some colours, slightly changed."""
+        """A random one of the colours, slightly changed."""
         color = np.asarray(colors[self.rng.integers(len(colors))]) + self.rng.normal(0, spread, 3)
         return tuple(np.clip(color, 0, 1).tolist())
 
@@ -219,19 +219,19 @@ class Scene:
         self.pen.polygon([(cx + f * x / z, cy - f * (y - eye) / z) for x, y, z in points], fill=len(self.rows) - 1)
 
     def polygon(self, points: Sequence[Point], paint: Paint, instance: int = 0) -> None:
-        """Paint a flat polygon, lit according to where it faces."""
+        """Paint a flat polygon; its direction decides how bright it is."""
         normal = nx, ny, nz = _normal(points)
         offset = nx * points[0][0] + ny * (points[0][1] - self.eye) + nz * points[0][2]
         length = math.hypot(*normal)
         points = _clip(points)
-        if len(points) < 3 or abs(offset) <= 1e-6 * length:         # behind the camera, or seen edge on
+        if len(points) < 3 or abs(offset) <= 1e-6 * length:         # behind the camera, or seen from the edge
             return
         light = 0.86 - math.copysign(1, offset) * (0.10 * nx + 0.30 * ny) / length
         self._fill(points, (nx / offset, ny / offset, nz / offset), light, paint, instance)
 
     def upright(self, x: float, z: float, parts: Sequence[tuple[Shape, Paint]], instance: int = 0,
                 turn: float = 1.0) -> None:
-        """Paint flat shapes that face the camera at distance z; `turn` narrows or, below 0, mirrors them."""
+        """Paint flat shapes that face the camera at distance z; `turn` scales their width; below 0 it mirrors them."""
         for shape, paint in parts:
             self._fill([(x + turn * a, b, z) for a, b in shape], (0, 0, 1 / z), 0.9, paint, instance)
 
@@ -243,7 +243,7 @@ class Scene:
             taper: Range = (0, 0)) -> dict[str, list[Point]]:
         """Paint a box of length u, height v, width w, its top shorter by `taper` at each end.
 
-        Returns: the faces that are seen, by name, each as bottom left, bottom right, top right, top left.
+        Returns: the visible faces by name, each as bottom left, bottom right, top right, top left.
         """
         (x, z, yaw), faces = place, {}
         cos, sin = math.cos(yaw), math.sin(yaw)
@@ -255,18 +255,18 @@ class Scene:
                 a, c = u[i] + j * taper[0] * (1 - 2 * i), w[k] + j * taper[1] * (1 - 2 * k)
                 quad.append((x + c * cos + a * sin, v[j], z + a * cos - c * sin))
             nx, ny, nz = _normal(quad)
-            if nx * quad[0][0] + ny * (quad[0][1] - self.eye) + nz * quad[0][2] > 0:    # it faces the camera
+            if nx * quad[0][0] + ny * (quad[0][1] - self.eye) + nz * quad[0][2] > 0:    # faces the camera
                 self.polygon(quad, paint, instance)
                 faces[name] = quad
         return faces
 
     def panel(self, face: Sequence[Point], shape: Shape, paint: Paint, instance: int = 0) -> None:
-        """Paint a shape onto a face of a box; its coordinates are shares of the face's width and height."""
+        """Paint a shape on a face of a box; its coordinates are fractions of the face's width and height."""
         self.polygon([tuple((1 - b) * ((1 - a) * p + a * q) + b * ((1 - a) * s + a * r) for p, q, r, s in zip(*face))
                       for a, b in shape], paint, instance)
 
     def finish(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """The picture before the camera, float32 (h,w,3) in about 0..1; classes uint8 (h,w); instances uint16 (h,w)."""
+        """The picture without camera effects, float32 (h,w,3) in about 0..1; classes uint8 (h,w); instances uint16 (h,w)."""
         table, numbers, n = np.array(self.rows, np.float32), np.asarray(self.numbers), SUPERSAMPLE
         samples = [np.take(table[:, 3:9], numbers[i::n, j::n], axis=0) for i in range(n) for j in range(n)]
         colors, numbers = sum(samples) / len(samples), numbers[::n, ::n]
@@ -276,14 +276,14 @@ class Scene:
         z = 1 / np.maximum(a * xs + b * ys + c, 1 / 400)
         mix = np.zeros_like(z)
         for kind in np.unique(table[:, 9]):
-            where = np.nonzero(kinds == kind)
+            pixels = np.nonzero(kinds == kind)
             if kind == CLOUDS:
-                mix[where] = 0.5 * np.clip(1 - 2.2 * ys[where], 0, 1) + 0.5 * _noise(xs[where] * 6, ys[where] * 18)
+                mix[pixels] = 0.5 * np.clip(1 - 2.2 * ys[pixels], 0, 1) + 0.5 * _noise(xs[pixels] * 6, ys[pixels] * 18)
                 continue
-            period = periods[where] * np.float32(self.style.texture)
-            share = _texture(int(kind), xs[where] * z[where], ys[where] * z[where] + self.eye, z[where], period)
-            fade = np.clip(period * self.focal / (2 * n) / z[where] - 0.4, 0, 1)        # too fine to be seen: its mean
-            mix[where] = 0.3 + (share - 0.3) * fade
+            period = periods[pixels] * np.float32(self.style.texture)
+            share = _texture(int(kind), xs[pixels] * z[pixels], ys[pixels] * z[pixels] + self.eye, z[pixels], period)
+            fade = np.clip(period * self.focal / (2 * n) / z[pixels] - 0.4, 0, 1)       # too fine to resolve: use the mean
+            mix[pixels] = 0.3 + (share - 0.3) * fade
         image = colors[..., :3] + (colors[..., 3:] - colors[..., :3]) * mix[..., None]
         haze = np.where(kinds == CLOUDS, 0.15, 1 - np.exp(-z / self.style.haze)).astype(np.float32)[..., None]
         image += (np.float32(self.style.haze_color) - image) * haze
@@ -291,7 +291,7 @@ class Scene:
 
 
 def _normal(points: Sequence[Point]) -> Point:
-    """Newell's normal of a polygon, as long as twice its area."""
+    """Newell's normal of a polygon; its length is twice the area."""
     nx = ny = nz = 0.0
     ax, ay, az = points[-1]
     for bx, by, bz in points:
@@ -340,14 +340,14 @@ class Part:
     v: Range
     half: float                                         # half its width
     paint: Paint
-    sides: tuple[int, float, float] = (0, 0, 0)         # windows: how many, from, to which share of v
-    ends: Range = (0, 0)                                # windows of the ends: the same
-    axles: tuple[float, ...] = ()                       # as shares of the length; with them come lamps and bumpers
+    sides: tuple[int, float, float] = (0, 0, 0)         # windows: count, and their range as fractions of v
+    ends: Range = (0, 0)                                # the same range for windows at the ends
+    axles: tuple[float, ...] = ()                       # as fractions of the length; they add lamps and bumpers
     taper: Range = (0, 0)
 
 
 def _vehicle(scene: Scene, place: Place, parts: Sequence[Part]) -> None:
-    """Paint the parts, in this order, and the shadow beneath; it starts at the place."""
+    """Paint the shadow, then the parts in this order; the vehicle's rear is at the place."""
     n, id, (x, z, yaw), half = scene.thing(), parts[0].paint.id, place, parts[0].half + 0.2
     corners = [(u, w) for u, w in ((-0.2, -half), (-0.2, half), (max(p.u[1] for p in parts), half))]
     corners.append((corners[2][0], -half))
@@ -423,7 +423,7 @@ def _person(scene: Scene, x: float, z: float) -> None:
 
 
 def _two_wheeler(scene: Scene, x: float, z: float, id: int, ridden: bool) -> None:
-    """A bicycle or motorcycle and perhaps its rider, from the side or obliquely."""
+    """A bicycle or motorcycle, with or without a rider, seen from the side or at an angle."""
     turn = scene.rng.choice((-1, 1)) * scene.rng.uniform(0.5, 1.0)
     color, tyre, metal = Paint(id, scene.pick(LACQUER)), Paint(id, BLACK), Paint(id, GREY)
     motor = id == MOTORCYCLE
@@ -451,7 +451,7 @@ def _two_wheeler(scene: Scene, x: float, z: float, id: int, ridden: bool) -> Non
 
 
 def _pole(scene: Scene, x: float, z: float, head: str) -> None:
-    """A pole at the roadside with a lamp, with traffic lights, perhaps over the road, or with a sign."""
+    """A pole at the roadside with a lamp, a sign, or traffic lights that may hang over the road."""
     rng, n, turn, grey = scene.rng, scene.thing(), -1 if x > 0 else 1, Paint(POLE, scene.pick(_rgb("808287 404745")))
     b, kind, lit, arm = rng.uniform(2.2, 2.9), rng.integers(4), rng.integers(3), rng.random() < 0.4
     if head == "lamp":
@@ -514,7 +514,7 @@ def _building(scene: Scene, x0: float, x1: float, z0: float, z1: float, floors: 
 
 
 def _roadside(scene: Scene, side: int, edge: float, crossing: Range) -> None:
-    """Buildings and trees on one side, interrupted by the cross street, and perhaps a wall or fence before them."""
+    """Buildings and trees on one side, with a gap for the cross street; a wall or fence may stand before them."""
     rng, style, z, blocks = scene.rng, scene.style, scene.rng.uniform(-12, 2), []
     while z < 105:
         length = rng.uniform(8, 20)
@@ -599,17 +599,17 @@ def _street(scene: Scene) -> None:
 
 
 def _things(scene: Scene, curbs: dict, walks: dict, crossing: Range) -> list[tuple[float, Callable, tuple]]:
-    """(distance, function, its arguments) of what stands or drives in the street."""
+    """(distance, function, its arguments) of the objects in the street."""
     rng, mean, left, right = scene.rng, scene.style.mean, -curbs[-1], curbs[1]
     middle, things, taken = (left + right) / 2, [], []
 
     def distance(x: float, near: float, far: float) -> float:
-        """A distance, more often a near one, at which x is in the picture."""
+        """A random distance at which x is in the picture; near ones are more likely."""
         near = max(near, 2.4 * abs(x) * scene.focal / scene.width)
         return near * (max(far, 1.3 * near) / near) ** rng.random()
 
     def beside(depth: float) -> float:
-        """A place on a sidewalk, at most `depth` of its width from the curb."""
+        """A random x on a sidewalk, at most the fraction `depth` of its width from the curb."""
         side = int(rng.choice((-1, 1)))
         return side * (curbs[side] + 0.5 + (walks[side] - curbs[side] - 0.6) * rng.uniform(0, depth))
 
@@ -644,7 +644,7 @@ def _things(scene: Scene, curbs: dict, walks: dict, crossing: Range) -> list[tup
 
 
 def _photograph(image: np.ndarray, style: Style, rng: np.random.Generator) -> np.ndarray:
-    """What the domain's camera makes of a picture: float32 (h,w,3) -> uint8 (h,w,3)."""
+    """Apply the camera effects of a domain: float32 (h,w,3) -> uint8 (h,w,3)."""
     gamma, contrast, brightness = rng.uniform((0.9, 0.93, -0.04), (1.1, 1.07, 0.04)) * (style.gamma, style.contrast, 1)
     image = np.clip(image, 0, 1) ** np.float32(gamma)
     grey = image.mean(2, keepdims=True)
@@ -662,10 +662,10 @@ def draw(domain: str, index: int, seed: int = 0, size: Size = SIZE) -> tuple[np.
 
     Args:
         domain: a key of `DOMAINS`: game, camera, camera-val, rome or rome-val.
-        index, seed: integers >= 0; equal ones give equal pictures.
+        index, seed: integers >= 0; the same values give the same picture.
         size: of the picture.
-    Returns: image uint8 (h,w,3), RGB; classes uint8 (h,w), Cityscapes ids or `MARKING`; instances uint16 (h,w), 0 where
-        a class has none.
+    Returns: image uint8 (h,w,3), RGB; classes uint8 (h,w), Cityscapes ids or `MARKING`; instances uint16 (h,w), 0 for
+        classes without instances.
     """
     number, style = DOMAINS[domain]
     rng = np.random.default_rng((seed, number, index))
@@ -676,7 +676,7 @@ def draw(domain: str, index: int, seed: int = 0, size: Size = SIZE) -> tuple[np.
         scene.rows.append((0, 0, 1, 0.10, 0.11, 0.13, 0.30, 0.32, 0.34, PLAIN, 0.3, EGO, 0))
         scene.pen.ellipse((-0.15 * scene.width, top, 1.15 * scene.width, scene.height * 1.3), fill=len(scene.rows) - 1)
     image, ids, instances = scene.finish()
-    if style.hood:                                      # rectified images have no measurement at their borders
+    if style.hood:                                      # rectified images have no data at their borders
         border = max(size.width // 128, 1)
         ids[:, :border] = ids[:, -border:] = ROI
     return _photograph(image, style, rng), ids, instances
@@ -686,7 +686,7 @@ def draw(domain: str, index: int, seed: int = 0, size: Size = SIZE) -> tuple[np.
 
 
 def write_png16(path: Path, pixels: np.ndarray) -> None:
-    """Write uint16 (h,w,3) as a 16-bit RGB PNG, which Pillow cannot."""
+    """Write uint16 (h,w,3) as a 16-bit RGB PNG, which Pillow cannot write."""
     height, width, _ = pixels.shape
     rows = np.zeros((height, 1 + 6 * width), np.uint8)  # each row begins with its filter, 0: none
     rows[:, 1:] = pixels.astype(">u2").view(np.uint8).reshape(height, -1)
@@ -697,7 +697,7 @@ def write_png16(path: Path, pixels: np.ndarray) -> None:
 
 
 def _files(domain: str, index: int) -> dict[str, str]:
-    """Path below the root -> what is written there, for one picture."""
+    """Path below the root -> kind of content, for the files of one picture."""
     if domain == "game":
         return {f"gta5/images/{index + 1:05d}.png": "image", f"gta5/labels/{index + 1:05d}.png": "palette",
                 f"synthia/RGB/{index:07d}.png": "image", f"synthia/GT/LABELS/{index:07d}.png": "synthia"}
@@ -730,7 +730,7 @@ def _write(root: Path, domain: str, index: int, seed: int, size: Size) -> None:
 
 
 def _marker(root: Path) -> dict:
-    """What the city's marker says; {} if there is none, or it says nothing."""
+    """The content of the city's marker; {} if it is missing or invalid."""
     try:
         return dict(json.loads((root / MARKER).read_text()))
     except (OSError, ValueError, TypeError):
@@ -738,32 +738,33 @@ def _marker(root: Path) -> dict:
 
 
 def _check_free(root: Path, planned: set[Path]) -> None:
-    """Refuse a folder in which anything may be of someone else: only the marker tells what is the city's, never a name."""
+    """Refuse a folder that may hold other files. Only the marker identifies a toy city; file names do not."""
     if root.is_dir() and any(root.iterdir()) and not (root / MARKER).is_file():
-        raise UserError(f"{root} is not empty and has no {MARKER}, so it is no toy city, and nothing is written there: give "
+        raise UserError(f"{root} is not empty and has no {MARKER}, so it is not a toy city and stays unchanged: give "
                         "another folder, for example --data data/toycity")
     for folder, folders, files in os.walk(root):
         for path in (Path(folder, name) for name in (*folders, *files)):
             if path.is_symlink():
-                raise UserError(f"{path} is a link, and a toy city writes through none: remove it or give another folder")
+                raise UserError(f"{path} is a link, and a toy city does not write through links: remove it or give "
+                                "another folder")
             if path.is_file() and path not in planned:
-                raise UserError(f"{path} is not of this toy city: delete {root} or give another folder")
+                raise UserError(f"{path} does not belong to this toy city: delete {root} or give another folder")
 
 
 def render(root: str | Path, seed: int = 0, train: int = 240, val: int = 60, size: Size = SIZE) -> None:
-    """Write a toy city below a folder that is missing, empty or a toy city's; its marker says when it is complete.
+    """Write a toy city into a missing or empty folder or over a toy city; its marker says whether it is complete.
 
     Args:
-        root: folder, made if missing; the city's own files are written again.
+        root: the folder, created if missing; existing files of the city are written again.
         seed: >= 0.
-        train: number of game images and of the camera's training images; a sixth of it for Rome.
-        val: number of the camera's validation images; a third of it for Rome.
+        train: number of game images, and of the camera's training images; Rome has a sixth as many.
+        val: number of the camera's validation images; Rome has a third as many.
         size: of all images, at least 16x16.
-    Raises: UserError if a value is impossible, the folder is someone else's or holds a link, or a file cannot be written.
+    Raises: UserError if a value is invalid, the folder holds other files or a link, or a file cannot be written.
     """
     root = Path(root)
     if min(train, val) < 1 or seed < 0 or min(size) < 16:
-        raise UserError("a toy city needs --train and --val from 1, --seed from 0 and --size from 16x16, "
+        raise UserError("a toy city needs --train and --val >= 1, --seed >= 0 and --size >= 16x16, "
                         f"not {train}, {val}, {seed} and {size}")
     counts = {"game": train, "camera": train, "camera-val": val, "rome": (train + 5) // 6, "rome-val": (val + 2) // 3}
     jobs = [(domain, index) for domain, count in counts.items() for index in range(count)]
@@ -780,35 +781,35 @@ def render(root: str | Path, seed: int = 0, train: int = 240, val: int = 60, siz
                 pass
         write_json(root / MARKER, facts)
     except OSError as error:
-        raise UserError(f"cannot write below {root}: {error}; give a folder that can be written to") from error
+        raise UserError(f"cannot write below {root}: {error}; give a writable folder") from error
 
 
 def ensure(root: str | Path, seed: int = 0, train: int = 240, val: int = 60, size: Size = SIZE) -> None:
-    """Render the toy city unless a complete one of this version and seed, of whatever counts and size, is there."""
+    """Render the toy city unless the folder holds a complete one of this version and seed, of any counts and size."""
     root = Path(root)
     while os.environ.get("LOCAL_RANK", "0") != "0" and not _marker(root).get("complete", (root / MARKER).exists()):
-        time.sleep(0.1)                                 # of several processes on a machine the first renders
-    found = _marker(root)
-    if not (root / MARKER).exists() or not found.get("complete", True):
+        time.sleep(0.1)                                 # the first process of a machine renders
+    marker = _marker(root)
+    if not (root / MARKER).exists() or not marker.get("complete", True):
         render(root, seed, train, val, size)
-    elif (found.get("version"), found.get("seed")) != (VERSION, seed):
-        raise UserError(f"{root / MARKER} is of version {found.get('version')} and seed {found.get('seed')} of the toy city, "
-                        f"not of {VERSION} and {seed}: delete the folder {root} and it is rendered again")
+    elif (marker.get("version"), marker.get("seed")) != (VERSION, seed):
+        raise UserError(f"{root / MARKER} is of version {marker.get('version')} and seed {marker.get('seed')} of the toy city, "
+                        f"not of {VERSION} and {seed}: delete the folder {root} to render it again")
 
 
 @command
 def main(argv: list[str] | None = None) -> None:
-    """Render what the command line asks for; status 2 after one sentence where that is impossible."""
+    """Render the toy city of the command line; one sentence and exit status 2 if that is impossible."""
     parser = argparse.ArgumentParser("python -m common.toycity", description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("root", metavar="ROOT", help="folder to write to")
-    parser.add_argument("--seed", type=int, default=0, help="another seed is another city [0]")
-    parser.add_argument("--train", type=int, default=240, help="training images of each of the two domains [240]")
+    parser.add_argument("--seed", type=int, default=0, help="each seed gives another city [0]")
+    parser.add_argument("--train", type=int, default=240, help="training images per domain [240]")
     parser.add_argument("--val", type=int, default=60, help="validation images [60]")
     parser.add_argument("--size", type=Size.parse, default=SIZE, help="of the images [256x128]")
     args = parser.parse_args(argv)
     render(args.root, args.seed, args.train, args.val, args.size)
-    print(f"{args.root}: 2 x {args.train} images to train on, {args.val} to validate, {args.size}")
+    print(f"{args.root}: 2 x {args.train} training images, {args.val} validation images, {args.size}")
 
 
 if __name__ == "__main__":

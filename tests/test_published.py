@@ -424,7 +424,7 @@ def test_one_of_several_networks(tmp_path, caffe, capsys):
     for content, entry, words in (
             (two, None, "holds several networks .student, teacher.: pick one, for example --entry student"),
             (beside, "teacher", "has no --entry teacher; its networks are model, model_ema"),
-            (caffe, "ema", "has no --entry ema; its networks are not in entries, leave it out")):
+            (caffe, "ema", "has no --entry ema; its networks are not in entries, omit it")):
         with pytest.raises(UserError, match=words) as error:
             loaded(content, entry=entry)
         assert "file.pth" in str(error.value) and "\n" not in str(error.value)
@@ -466,13 +466,13 @@ def test_what_cannot_be_read_says_how_to_save_it(tmp_path, caffe, monkeypatch):
     module = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
     old = {"args": argparse.Namespace(lr=0.1), "state_dict": caffe}
     cut = clan() | {"layer5.conv2d_list.1.bias": torch.zeros(3)}
-    whole = "holds a whole module.*torch.save.model.state_dict.., FILE"
+    pickled = "holds a pickled module.*torch.save.model.state_dict.., FILE"
     cases = {
         "ProDA": ({"ResNet101": {"model_state": plain | normalised_head("layer5.", 512)}, "iter": 3},
                   r"layer5.conv2d_list.0.0., as MRNet and ProDA, .*torch.save\({'Scale.' \+ k: v for k, v in state.items"),
         "MRNet": (plain | normalised_head("layer5.", 256) | normalised_head("layer6.", 768), "layer6.conv2d_list.0.0.*Scale"),
-        "module": (module, whole), "inside": ({"model": module, "epoch": 3}, whole),
-        "beside": ({"model": 3, "ema": module}, whole),
+        "module": (module, pickled), "inside": ({"model": module, "epoch": 3}, pickled),
+        "beside": ({"model": 3, "ema": module}, pickled),
         "CLAN": (cut, "two heads on the same features, layer5 and layer6, as CLAN, but of different shapes"),
     }
     for name, (content, words) in cases.items():
@@ -488,7 +488,7 @@ def test_what_cannot_be_read_says_how_to_save_it(tmp_path, caffe, monkeypatch):
 
     assert build_model("v2", "resnet18", K, save(tmp_path / "new.pth", old)).complete
     path = save(tmp_path / "old.pth", old, _use_new_zipfile_serialization=False)
-    with pytest.raises(UserError, match="it holds argparse.Namespace, which is not read from files as old as this; .*save"):
+    with pytest.raises(UserError, match="it holds argparse.Namespace, which is not read from files of this old format; .*save"):
         build_model("v2", "resnet18", K, path)
 
 
@@ -513,12 +513,12 @@ def test_files_that_do_not_fit(tmp_path, caffe, monkeypatch):
                     "lacks 1 encoder keys .*layer3.0.conv1.weight.*first names are conv1.weight"),
         "head": (without(caffe, "layer6.conv2d_list.1"), "but lacks 2 of its keys .*head.branches.1.weight.*whole file"),
         "branch 0": (without(caffe, "layer6.conv2d_list.0"), "but lacks 2 of its keys .*head.branches.0.weight"),
-        "deeper": (caffe | deeper, "encoder keys more than resnet18 .layer3.2.*--backbone"),
+        "deeper": (caffe | deeper, "more encoder keys than resnet18 .layer3.2.*--backbone"),
         "classes": ({key: value[:16] if "layer6" in key else value for key, value in caffe.items()},
                     r"layer6.conv2d_list.0.weight of shape \(16, .*with 19 classes"),
         "shapes": (caffe | {"conv1.weight": torch.zeros(64, 3, 3, 3)}, "in another shape .encoder.conv1.weight"),
         "unknown": ({"net.a.weight": torch.zeros(1), "net.b.weight": torch.zeros(1)},
-                    "no family.*first names are net.a.weight, net.b.weight; expected are layer6.*FADA.*CAG.*torchvision"),
+                    "no known family.*first names are net.a.weight, net.b.weight; expected are layer6.*FADA.*CAG.*torchvision"),
         "vit": ({"state_dict": {"module.blocks.0.weight": torch.zeros(1)}}, "first names are blocks.0.weight"),
         "empty": ({"state_dict": {}, "epoch": 3}, "holds no state dict"),
         "discriminator": ({"iteration": 3, "model_D": {"D.0.weight": torch.zeros(1)}}, "first names are D.0.weight"),
@@ -746,7 +746,7 @@ def test_through_our_own_checkpoint_and_export(tmp_path, caffe, capsys):
         build_model("v3+", "resnet18", K, path)
     assert set(read_weights(path)) == set(state)
     (tmp_path / "export.json").write_text("{}")
-    with pytest.raises(UserError, match="not there or damaged"):
+    with pytest.raises(UserError, match="missing or damaged"):
         build_model("v2", "resnet18", K, path)
 
 
@@ -791,7 +791,7 @@ def test_what_from_refuses(city, tmp_path, caffe, capsys):
     assert "--from" in (error := refused("--from", headless)) and "a.pth is no trained network with its head" in error
     plain = save(tmp_path / "b.pth", without(caffe, "conv2d_list"))
     assert "neither a checkpoint of this project nor a trained network" in refused("--from", plain)
-    assert "is of no family" in refused("--from", save(tmp_path / "c.pth", {"a": torch.zeros(1)}))
+    assert "is of no known family" in refused("--from", save(tmp_path / "c.pth", {"a": torch.zeros(1)}))
     assert "the name of the JSON file" in refused("--export", "out.json")
 
 

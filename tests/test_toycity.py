@@ -212,7 +212,7 @@ def test_a_files_other_name_keeps_its_content(real, tmp_path):
     toycity.render(root, train=1, val=1, size=SMALL)
     assert image.read_bytes() != b"precious"
     (root / "gta5/images/24966.png").write_bytes(b"precious")
-    with pytest.raises(UserError, match="24966.png is not of this toy city: delete"):
+    with pytest.raises(UserError, match="24966.png does not belong to this toy city: delete"):
         toycity.render(root, train=1, val=1, size=SMALL)
 
 

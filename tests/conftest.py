@@ -1,4 +1,4 @@
-"""Fixtures shared by the tests: a very small toy city, and torch kept to one thread, here and in the processes started here."""
+"""Fixtures shared by the tests: a very small toy city; one torch thread, here and in processes that tests start."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import torch
 from common import toycity
 from common.cli import Size
 
-torch.set_num_threads(1)                                 # a second one gains nothing at these sizes
+torch.set_num_threads(1)                                 # a second thread gains nothing at these sizes
 os.environ["OMP_NUM_THREADS"] = "1"
 sys.path.insert(0, str(Path(__file__).parent))           # tests/starts.py
 

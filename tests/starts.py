@@ -1,5 +1,5 @@
-"""A process that imports torch and the scripts, and forks a child for each start of it: a start then takes a tenth of a
-second instead of five. `Starts` is the test's side of it; children are real processes that can be killed."""
+"""A process that imports torch and the scripts once, and forks a child per start: a start then takes 0.1 seconds instead
+of five. `Starts` is the test's side of it; children are real processes that can be killed."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[1]
 
 
 def link_checkpoints(source: str, target: str) -> None:
-    """For shutil.copytree: checkpoints, which are only ever replaced as a whole, need not be written again."""
+    """For shutil.copytree: link checkpoints, which are only replaced as whole files, and copy all other files."""
     os.link(source, target) if source.endswith(".pt") else shutil.copy(source, target)
 
 
@@ -33,21 +33,21 @@ def tensors(content, name=""):
         yield name, content
 
 
-def assert_same_end(folder: Path, whole: Path) -> None:
-    """Every checkpoint, label, map and picture, the results, and the log but for seconds: to the bit. Nothing left over."""
-    files = sorted(path.relative_to(whole) for path in whole.rglob("*") if path.suffix in (".pt", ".png", ".json")
+def assert_same_end(folder: Path, reference: Path) -> None:
+    """Checkpoints, labels, maps, pictures, results and logs (but for seconds) are equal bit for bit; no other file is left."""
+    files = sorted(path.relative_to(reference) for path in reference.rglob("*") if path.suffix in (".pt", ".png", ".json")
                    and path.name != "config.json")
     assert files and not (folder / "last.pt").exists() and not list(folder.rglob("*.tmp"))
     logs = [[{**json.loads(line), "seconds": 0} for line in (root / "log.jsonl").read_text().splitlines()]
-            for root in (folder, whole)]
+            for root in (folder, reference)]
     assert logs[0] == logs[1]
     for file in files:
         if file.suffix == ".pt":
-            one, other = (dict(tensors(torch.load(root / file, weights_only=True))) for root in (folder, whole))
+            one, other = (dict(tensors(torch.load(root / file, weights_only=True))) for root in (folder, reference))
             assert one.keys() == other.keys() and all(torch.equal(one[key].nan_to_num(), other[key].nan_to_num())
                                                       for key in other), file
         else:
-            assert (folder / file).read_bytes() == (whole / file).read_bytes(), file
+            assert (folder / file).read_bytes() == (reference / file).read_bytes(), file
 
 
 def children(pid: int) -> list[int]:
@@ -56,7 +56,7 @@ def children(pid: int) -> list[int]:
 
 
 class Start:
-    """One start of a script. `text` is what it has printed so far, `wait` gives its exit status (minus the signal's number)."""
+    """One start of a script. `text`: its output so far; `wait`: its exit status, or minus the number of the signal."""
 
     def __init__(self, starts: Starts, pid: int, output: Path):
         self.starts, self.pid, self.output = starts, pid, output
@@ -75,7 +75,7 @@ class Start:
         return self.starts.ended[self.pid]
 
     def until(self, words: str, timeout: float = 60) -> None:
-        """Come back when it has printed these words."""
+        """Wait until it has printed these words."""
         end = time.monotonic() + timeout
         while words not in self.text:
             self.starts.listen(0.005)
@@ -87,8 +87,8 @@ class Start:
 
 
 class Starts:
-    """`start(script, argv)` starts a script; `file_limit` bounds the bytes of a file, as a full disk does; `nan_at` makes the
-    image of this data set access NaN; `slow_at` makes this access last, `(number, seconds)`."""
+    """`start(script, argv)` starts a script; `file_limit` bounds the bytes of a file, like a full disk; `nan_at`: number of the
+    data set access that returns a NaN image; `slow_at`: `(number, seconds)` of an access that is slow."""
 
     def __init__(self, folder: Path):
         self.folder, self.count, self.ended = folder, 0, {}
@@ -113,7 +113,7 @@ class Starts:
         return Start(self, self.pids[-1], output)
 
     def run(self, script: str, argv: list[str], timeout: float = 120, **how) -> tuple[int, str]:
-        """Start and wait. Returns: exit status, and what was printed."""
+        """Start and wait. Returns: exit status, and output."""
         start = self.start(script, argv, **how)
         return start.wait(timeout), start.text
 
@@ -134,7 +134,7 @@ class Starts:
 
 
 def child(job: dict, output: int) -> None:
-    """What a forked process does. It prints into a pipe, which `file_limit` does not bound."""
+    """Run a job in a forked process. It prints into a pipe, which `file_limit` does not bound."""
     os.dup2(output, 1)
     os.dup2(output, 2)
     sys.stdout, sys.stderr = (open(fd, "w", buffering=1, closefd=False) for fd in (1, 2))
@@ -154,17 +154,17 @@ def child(job: dict, output: int) -> None:
 
 
 def serve() -> None:
-    """Fork for each line of standard input; tell of starts and ends on standard output."""
+    """Fork per line of standard input; report starts and ends on standard output."""
     torch.set_num_threads(1)
     running: dict[int, tuple[int, str]] = {}                     # pid -> its output's pipe and file
     os.set_blocking(0, False)
     pending = b""
     while True:
         with contextlib.suppress(BlockingIOError):
-            got = os.read(0, 1 << 20)
-            if not got:
+            received = os.read(0, 1 << 20)
+            if not received:
                 return
-            pending += got
+            pending += received
         *lines, pending = pending.split(b"\n")
         for line in lines:
             job = json.loads(line)
@@ -188,11 +188,11 @@ def serve() -> None:
             running[pid] = reader, job["output"]
             os.write(1, b"started %d 0\n" % pid)
         for pid, (reader, output) in list(running.items()):
-            done, status = os.waitpid(pid, os.WNOHANG)
+            ended, status = os.waitpid(pid, os.WNOHANG)
             with open(output, "ab") as file, contextlib.suppress(BlockingIOError):
                 while printed := os.read(reader, 1 << 16):
                     file.write(printed)
-            if done:
+            if ended:
                 os.close(reader)
                 del running[pid]
                 os.write(1, b"ended %d %d\n" % (pid, os.waitstatus_to_exitcode(status)))

@@ -1,4 +1,4 @@
-"""Real people's data through the real command line: what trains, what is refused, and what is said."""
+"""Imperfect data sets through the real command line: what trains, what is refused, and what is printed."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def own(city, tmp_path):
 
 
 def start(capsys, data, *flags, expect=0) -> str:
-    """`python fada.py`: what it prints. expect: its exit status."""
+    """Run `python fada.py`; returns what it prints. expect: its exit status."""
     argv = ["--data", str(data), "--runs", str(data.parent / "runs"), *SMALL, *flags]
     if expect:
         with pytest.raises(SystemExit) as stopped:
@@ -44,7 +44,7 @@ def start(capsys, data, *flags, expect=0) -> str:
 
 
 def rewrite(files, change):
-    """Label files with change(ids) for their ids; a palette is left out."""
+    """Replace the ids of label files by change(ids), without a palette."""
     for path in files:
         write_png(path, change(np.array(Image.open(path))), 0)
 
@@ -65,7 +65,7 @@ def same(a: dict, b: dict) -> bool:
     return all(torch.equal(a[key], b[key]) for key in a | b)
 
 
-def test_the_shares_of_classes_are_said_once_per_set(own, capsys):
+def test_the_shares_of_classes_are_printed_once_per_set(own, capsys):
     printed = start(capsys, own)
     for name in ("source train (gta5)", "target val (cityscapes)"):
         line, = (line for line in printed.splitlines() if line.startswith(f"{name}: % in "))
@@ -73,25 +73,25 @@ def test_the_shares_of_classes_are_said_once_per_set(own, capsys):
         assert abs(sum(shares) - 100) < 1 and len(shares) > 5 and "road " in line and "no class " in line
     assert "target train (cityscapes): no labels" in printed and printed.index("% in 8 labels") < printed.index("source 1/2")
     assert "differ in size" not in printed
-    assert "% in" not in start(capsys, own)                      # finished: nothing to train, nothing to look at
+    assert "% in" not in start(capsys, own)                      # finished: nothing to train, nothing to check
 
 
-@pytest.mark.parametrize("where", ["source", "target"])
-def test_labels_without_a_class_are_refused_before_training(own, capsys, where):
-    folder = own / ("gta5/labels" if where == "source" else "cityscapes/gtFine/val")
+@pytest.mark.parametrize("domain", ["source", "target"])
+def test_labels_without_a_class_are_refused_before_training(own, capsys, domain):
+    folder = own / ("gta5/labels" if domain == "source" else "cityscapes/gtFine/val")
     rewrite(folder.rglob("*.png"), lambda ids: 0 * ids)
     printed = start(capsys, own, expect=2)
-    name = "source train" if where == "source" else "target val"
-    assert f"{name}: no pixel of {8 if where == 'source' else 3} labels has a class; their ids are 0 (" in printed
-    assert ("or remove the labels to train without eval" in printed) == (where == "target") and "source 1/2" not in printed
+    name = "source train" if domain == "source" else "target val"
+    assert f"{name}: no pixel of {8 if domain == 'source' else 3} labels has a class; their ids are 0 (" in printed
+    assert ("or remove the labels to train without eval" in printed) == (domain == "target") and "source 1/2" not in printed
     assert not list((own.parent / "runs").rglob("*.pt"))
 
 
-def test_train_ids_where_ids_belong_are_refused_and_the_flag_reads_them(own, capsys, monkeypatch):
+def test_train_ids_instead_of_ids_are_refused_and_the_flag_reads_them(own, capsys, monkeypatch):
     start(capsys, own)
     expected, scores = trained(own), results(own)
     rewrite((own / "gta5/labels").glob("*.png"), to_train_ids)
-    monkeypatch.setattr(checks, "ENOUGH", 8 * 64 * 32)           # as many pixels as these labels have
+    monkeypatch.setattr(checks, "ENOUGH", 8 * 64 * 32)           # the number of pixels in these labels
     printed = start(capsys, own, "--tag", "b", expect=2)
     assert "8 labels have ids up to 18 only" in printed and "look like train ids" in printed
     assert "add --label-ids source-train" in printed and "source 1/2" not in printed
@@ -111,7 +111,7 @@ def test_train_id_files_beside_the_labels(own, capsys):
         write_png(path.with_name(path.stem.replace("_labelIds", "") + "_color.png"), noise(*train.shape), 2)
     start(capsys, own, "--tag", "b", "--label-ids", "train")
     assert same(trained(own, "fada-gta5-b"), trained(own)) and results(own, "fada-gta5-b") == results(own)
-    start(capsys, own, "--tag", "c")                             # and without the flag they are in nobody's way
+    start(capsys, own, "--tag", "c")                             # without the flag they change nothing
     assert same(trained(own, "fada-gta5-c"), trained(own))
     start(capsys, own, "--source", "synthia")
     start(capsys, own, "--source", "synthia", "--tag", "b", "--label-ids", "train")
@@ -156,7 +156,7 @@ def test_faults_of_the_validation_set_are_found_before_the_source_stage(own, cap
     assert words in printed and "source 1/2" not in printed
 
 
-def test_labels_of_another_size_are_told_of_once(own, capsys, recwarn):
+def test_labels_of_another_size_are_reported_once(own, capsys, recwarn):
     for path in [*(own / "gta5/labels").glob("*.png"), *(own / "cityscapes/gtFine/val").rglob("*_labelIds.png")]:
         write_png(path, np.kron(np.array(Image.open(path)), np.ones((2, 2), np.uint8)), 0)
     printed = start(capsys, own, "--source-iterations", "4")
@@ -166,7 +166,7 @@ def test_labels_of_another_size_are_told_of_once(own, capsys, recwarn):
     assert sum(map(sum, results(own)["source"]["single-scale"]["matrix"])) > 64 * 32 * 3       # at the labels' own 128x64
 
 
-def test_a_target_without_labels_trains_and_draws_and_says_that_nothing_is_evaluated(own, capsys):
+def test_a_target_without_labels_trains_and_draws_and_reports_that_nothing_is_evaluated(own, capsys):
     shutil.rmtree(own / "cityscapes/gtFine")
     printed = start(capsys, own, "--eval-every", "1")
     assert "target val (cityscapes): no labels: there is nothing to evaluate" in printed
@@ -181,7 +181,7 @@ def test_a_target_without_labels_trains_and_draws_and_says_that_nothing_is_evalu
     assert "has no cityscapes files" in start(capsys, own, "--target-labels", "--tag", "u", expect=2)
 
 
-def test_a_source_and_a_target_of_one_kind(own, capsys):
+def test_source_and_target_from_the_same_data_set(own, capsys):
     other = own.parent / "foggy"
     for split in ("train", "val"):
         for path in (own / f"cityscapes/leftImg8bit/{split}").rglob("*.png"):
@@ -225,15 +225,15 @@ def test_weights_that_are_not_finite_are_not_evaluated(own, capsys):
     ("--target farm", "--target farm is none of cityscapes, crosscity; a data set"),
     ("--target gta5", "--target gta5 is none of"), ("--source crosscity", "--source crosscity is none of"),
 ])
-def test_names_that_are_no_data_set(own, capsys, flags, words):
+def test_unknown_data_sets_are_refused(own, capsys, flags, words):
     assert words in start(capsys, own, *flags.split(), expect=2)
     with pytest.raises(SystemExit):
-        fada.main(flags.replace("gta5", "gta").split())          # without sizes, which the script knows for its data sets
+        fada.main(flags.replace("gta5", "gta").split())          # without sizes: the script knows them for its data sets
     assert "error: " in capsys.readouterr().err
 
 
 def test_a_sample_is_spread_over_the_set_and_pixels_are_counted(tmp_path, capsys):
-    """Thirty labels, of which the eight that are read differ: by hand, a road pixel in every label, one of car in the last."""
+    """Thirty labels, of which eight are read: each has 5 road pixels of 100, and the last also has 50 car pixels."""
     pairs = []
     for k in range(30):
         ids = np.full((10, 10), 0, np.uint8)

@@ -1,4 +1,4 @@
-"""One's own data set with one's own classes, in every script, from the text of docs/data.md."""
+"""Your own data set with your own classes, in every script, from the example in docs/data.md."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ PAGE = (Path(__file__).parents[1] / "docs/data.md").read_text(encoding="utf-8")
 EXAMPLE = re.search(r"```json\n(.*?)```", PAGE, re.DOTALL)[1]
 COMMAND = shlex.split(re.search(r"```sh\npython fada.py (.*?)```", PAGE, re.DOTALL)[1])
 FILES = re.findall(r"data/((?:rendered|camera)/(?:images|labels)/\S+)", PAGE)
-IDS = np.array([0, 1, 2, 3, 10, 11, 12, 4, 255])                 # of the example: soil twice, crop, weed, sky, machine twice
+IDS = np.array([0, 1, 2, 3, 10, 11, 12, 4, 255])                 # in the example: soil twice, crop, weed, sky, machine twice
 INDICES = np.array([0, 0, 1, 2, 3, 4, 4, 255, 255])
 
 
 def make(root: Path) -> Path:
-    """The example's layout with more images of its kinds, and its classes file. Returns: the folder above data/."""
+    """Write the example's layout with more images, and its classes file. Returns: the folder above data/."""
     (root / "classes.json").write_text(EXAMPLE)
     for name in FILES:
         stem = Path(name)
@@ -68,21 +68,21 @@ def test_an_own_set_of_five_classes_trains_in_every_script(script, tmp_path, mon
     assert "source train (rendered): % in 8 labels: " in capsys.readouterr().out
 
     (tmp_path / "classes.json").unlink()                         # the run knows its classes without the file
-    kept = json.loads(json.loads((folder / "config.json").read_text())["classes"])
-    assert kept["names"] == ["soil", "crop", "weed", "sky", "machine"] and kept["stuff"] == ["soil", "sky"]
+    stored = json.loads(json.loads((folder / "config.json").read_text())["classes"])
+    assert stored["names"] == ["soil", "crop", "weed", "sky", "machine"] and stored["stuff"] == ["soil", "sky"]
     last = STAGES[script][-1]
     module.main(["--source", "rendered", "--target", "camera", "--runs", str(tmp_path / "runs"), "--eval", "--workers", "0",
                  "--source-size", "64x32", "--target-size", "64x32"])
     assert f"{100 * next(iter(results[last].values()))['mIoU plants']:.1f}" in capsys.readouterr().out
 
 
-def test_other_content_is_another_run_the_same_content_elsewhere_is_not(tmp_path, monkeypatch, capsys):
+def test_the_content_of_a_classes_file_defines_the_run_and_its_name_does_not(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(make(tmp_path))
     argv = [*COMMAND, *arguments("sim", Path("data"), tmp_path / "runs"), "--source-size", "64x32", "--target-size", "64x32",
             "--stage", "step1"]
     sim.main(argv)
-    Path("moved.json").write_text(json.dumps(json.loads(EXAMPLE), indent=4))
-    sim.main([*argv, "--classes", "moved.json"])
+    Path("renamed.json").write_text(json.dumps(json.loads(EXAMPLE), indent=4))
+    sim.main([*argv, "--classes", "renamed.json"])
     assert "step1: finished before" in capsys.readouterr().out
     Path("classes.json").write_text(EXAMPLE.replace('"ignore": [4]', '"ignore": [4, 5]'))
     with pytest.raises(SystemExit):
@@ -113,14 +113,14 @@ def test_file_ids_in_both_forms_and_in_known_data_sets(tmp_path):
     write_png(path, np.array([[7, 0]], np.uint8), 0)
     with pytest.raises(UserError, match='x.png has ids that a does not define: 7; add them to "ids" or "ignore"'):
         read_label(path, "a", classes)
-    del content["ids"], content["ignore"]                        # then the index is the id
+    del content["ids"], content["ignore"]                        # without them, the index is the id
     (tmp_path / "c.json").write_text(json.dumps(content))
     classes = layouts.classes_of(Options(source="a", target="b", classes=str(tmp_path / "c.json")))
     assert read_label(write_png(path, np.array([[4, 0, 255]], np.uint8), 0), "a", classes).tolist() == [[4, 0, 255]]
 
 
 def test_known_sets_with_own_classes(city, tmp_path, monkeypatch):
-    """GTA5 and Cityscapes with two classes: what the file does not name of their ids has no class."""
+    """GTA5 and Cityscapes with two classes: ids that the file does not name get no class."""
     content = {"names": ["ground", "car"], "colors": [[1, 2, 3], [0, 0, 142]], "ids": [[7, 8], [26]]}
     (tmp_path / "c.json").write_text(json.dumps(content))
     options = Options(data=str(city), runs=str(tmp_path), classes=str(tmp_path / "c.json"), workers=0)
@@ -140,17 +140,17 @@ def test_known_sets_with_own_classes(city, tmp_path, monkeypatch):
     ("stuff = ['sea']", '"stuff" must list'), ("means = {'plants': ['crop']}", '"means" must be an object with "mIoU"'),
     ("means['mIoU'] = ['sea']", '"means"'), ("colours = 1", "colours is none of names, colors"), ("ids[0] = [True]", "True"),
 ])
-def test_what_a_classes_file_cannot_mean(tmp_path, change, words):
+def test_invalid_classes_files_are_refused(tmp_path, change, words):
     content = copy.deepcopy(json.loads(EXAMPLE))
     space = {**content}
-    exec(change, {}, space)                                      # noqa: S102 (of this file)
+    exec(change, {}, space)                                      # noqa: S102 (text of this file)
     (tmp_path / "c.json").write_text(json.dumps(space))
     with pytest.raises(UserError, match=words) as error:
         layouts.classes_of(Options(source="a", target="b", classes=str(tmp_path / "c.json")))
     assert "docs/data.md" in str(error.value) and str(tmp_path / "c.json") in str(error.value)
 
 
-def test_a_classes_file_that_is_none(tmp_path):
+def test_unreadable_classes_files_and_wrong_combinations_are_refused(tmp_path):
     for text in ("", "[]", "{"):
         (tmp_path / "c.json").write_text(text)
         with pytest.raises(UserError, match="c.json.*docs/data.md has an example"):

@@ -1,4 +1,4 @@
-"""Two processes under torchrun: they take the steps that one process with batches twice as large takes, and end together.
+"""Two processes under torchrun take the same steps as one process with twice the batch size, and end together.
 
 As a program, `torchrun test_distributed.py DATA RUNS "SCRIPT [FLAGS]"...` runs the scripts with a total batch of two."""
 
@@ -25,7 +25,7 @@ from common.layouts import find_pairs
 ROOT = Path(__file__).parents[1]
 SMALL = ("--backbone resnet18 --init none --freeze-bn all --source-size 64x32 --target-size 64x32 --workers 0 --log-every 1 "
          "--save-every 5").split()
-FLAGS = {                                              # {b}: images a process, {b2}: twice that
+FLAGS = {                                              # {b}: images per process, {b2}: twice that
     "bismap": "--warmup-iterations 2 --selftrain-iterations 2 --distill-iterations 2 --warmup-batch-size {b} --batch-size {b} "
               "--crop 64x32 --stm-backbone warmup --samples 300 --stm-samples 300 --components 2 --J 3 --pl-ratio 0.6 "
               "--test-scales 1.0 --lr 1e-2 --adapt-lr 1e-4",
@@ -40,9 +40,9 @@ FLAGS = {                                              # {b}: images a process, 
 
 def main(data: str, runs: str, *scripts: str) -> None:
     torch.set_num_threads(1)
-    each = 2 // int(os.environ.get("WORLD_SIZE", "1"))
+    batch_size = 2 // int(os.environ.get("WORLD_SIZE", "1"))
     for script, *more in map(str.split, scripts):
-        flags = FLAGS[script].format(b=each, b2=2 * each).split()
+        flags = FLAGS[script].format(b=batch_size, b2=2 * batch_size).split()
         importlib.import_module(script).main(["--data", data, "--runs", runs, *SMALL, *flags, *more])
 
 
@@ -58,7 +58,7 @@ def test_two_processes_take_the_steps_of_one(city, tmp_path):
     for process in both:
         printed, errors = process.communicate(timeout=400)
         assert process.returncode == 0, errors
-    assert printed.count("\nsim.py, commit") == 1 == printed.count("\nsim")                  # one process speaks for both
+    assert printed.count("\nsim.py, commit") == 1 == printed.count("\nsim")                  # one process prints for both
     assert printed.count("step1 1/2") == 2                                                    # C2F's and SIM's
     files = sorted(path.relative_to(tmp_path / "1") for path in (tmp_path / "1").rglob("*.pt"))
     assert len(files) == len(list((tmp_path / "2").rglob("*.pt"))) >= 20
@@ -81,7 +81,7 @@ def test_two_processes_take_the_steps_of_one(city, tmp_path):
             numbers = [key for key, value in a.items() if isinstance(value, float) and key != "seconds"]
             assert [a[key] for key in numbers] == pytest.approx([b[key] for key in numbers], rel=1e-3, abs=1e-4), (script, a, b)
         pictures = [sorted(path.relative_to(folder) for path in folder.rglob("*.png")) for folder in (one, two)]
-        assert pictures[0] == pictures[1]                                        # every label and map is there
+        assert pictures[0] == pictures[1]                                        # every label and map exists
         matrices = [[test["matrix"] for tests in json.loads((folder / "results.json").read_text()).values()
                      for test in tests.values()] for folder in (one, two)]
         for a, b in zip(*map(torch.tensor, matrices)):
@@ -89,18 +89,18 @@ def test_two_processes_take_the_steps_of_one(city, tmp_path):
 
 
 def test_a_process_that_fails_ends_the_run(city, tmp_path):
-    """With its message, and without a hang, whichever process it is."""
+    """With its message and without a hang, whichever process fails."""
     shutil.copytree(city, tmp_path / "data")
-    image = find_pairs(tmp_path / "data", "cityscapes", "val")[1].image           # the second process's in the evaluation
+    image = find_pairs(tmp_path / "data", "cityscapes", "val")[1].image           # evaluated by the second process
     image.write_bytes(image.read_bytes()[:100])
     process = start(2, tmp_path / "data", tmp_path / "runs", "fada")
     printed, errors = process.communicate(timeout=120)
     assert process.returncode != 0 and f"(process 1): error: cannot read {image}" in errors, errors
-    assert (tmp_path / "runs/fada-gta5/source.pt").exists()                       # what was finished is kept
+    assert (tmp_path / "runs/fada-gta5/source.pt").exists()                       # the finished stage is kept
 
 
 def test_sigterm_to_all_processes_leaves_a_checkpoint(city, tmp_path):
-    """As a scheduler ends a job, and torchrun passes it on once more: both processes stop after the same iteration."""
+    """As when a scheduler ends a job and torchrun forwards the signal: both processes stop after the same iteration."""
     process = start(2, city, tmp_path, "fada --source-iterations 5000 --save-every 5000")
     for line in process.stdout:
         if line.startswith("source 2/5000"):
@@ -116,16 +116,16 @@ def test_sigterm_to_all_processes_leaves_a_checkpoint(city, tmp_path):
 
 @pytest.mark.parametrize("script", FLAGS)
 def test_two_processes_killed_at_random_moments(script, city, tmp_path, soak):
-    """SIGTERM to torchrun, or kill -9 of it and of both processes: started again and again, they end as undisturbed ones do."""
+    """SIGTERM to torchrun, or kill -9 of it and of both processes: restarted, they end bit for bit as undisturbed ones."""
     if not soak:
         pytest.skip("takes minutes: --soak")
-    begin, whole = time.monotonic(), start(2, city, tmp_path / "whole", f"{script} --save-every 1")
-    printed, errors = whole.communicate(timeout=300)
-    assert whole.returncode == 0, errors
-    seconds, dice = time.monotonic() - begin, random.Random(script)
+    begin, undisturbed = time.monotonic(), start(2, city, tmp_path / "undisturbed", f"{script} --save-every 1")
+    printed, errors = undisturbed.communicate(timeout=300)
+    assert undisturbed.returncode == 0, errors
+    seconds, rng = time.monotonic() - begin, random.Random(script)
     for number in [signal.SIGTERM, signal.SIGKILL] * 4:
         process = start(2, city, tmp_path / "killed", f"{script} --save-every 1")
-        time.sleep(dice.uniform(0.3, 0.9) * seconds)
+        time.sleep(rng.uniform(0.3, 0.9) * seconds)
         family = [process.pid, *children(process.pid)]
         for pid in family if number == signal.SIGKILL else family[:1]:
             with contextlib.suppress(ProcessLookupError):
@@ -134,7 +134,7 @@ def test_two_processes_killed_at_random_moments(script, city, tmp_path, soak):
     process = start(2, city, tmp_path / "killed", f"{script} --save-every 1")
     printed, errors = process.communicate(timeout=300)
     assert process.returncode == 0, errors
-    assert_same_end(tmp_path / f"killed/{script}-gta5", tmp_path / f"whole/{script}-gta5")
+    assert_same_end(tmp_path / f"killed/{script}-gta5", tmp_path / f"undisturbed/{script}-gta5")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""What goes wrong at hour 30, done for real to real processes: killed, out of disk, damaged files, NaN, a second start.
+"""Faults of long runs, caused in real processes: kills, a full disk, damaged files, NaN, a second process.
 
-With --soak (`make soak`) the long versions: 200 kills over all five scripts."""
+--soak (`make soak`) runs the long versions: 200 kills over all five scripts."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def arguments(script: str, city: Path, runs: Path, *more: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def undisturbed(starts, city, tmp_path_factory):
-    """script -> the folder of a run that nothing disturbed, and how long it took."""
+    """script -> the folder of an undisturbed run, and its duration in seconds."""
     root, done = tmp_path_factory.mktemp("undisturbed"), {}
 
     def run(script: str) -> tuple[Path, float]:
@@ -71,16 +71,16 @@ def undisturbed(starts, city, tmp_path_factory):
 
 @pytest.mark.parametrize("script", FLAGS)
 def test_killed_at_random_moments(script, starts, city, tmp_path, undisturbed, soak):
-    """kill -9 over and over: the run that is started again and again ends bit for bit where an undisturbed one ends."""
+    """kill -9 many times: the restarted run ends bit for bit where an undisturbed run ends."""
     if not soak and script != "fada":
         pytest.skip("takes minutes: --soak")
-    (whole, seconds), enough = undisturbed(script), 40 if soak else 5
-    kills, dice = 0, random.Random(script)
+    (reference, seconds), required = undisturbed(script), 40 if soak else 5
+    kills, rng = 0, random.Random(script)
     for repetition in range(200):
         argv = arguments(script, city, tmp_path / f"{repetition}")
         for _ in range(5):
             start, begin = starts.start(script, argv), time.monotonic()
-            end = begin + dice.uniform(0, 0.6 * seconds)
+            end = begin + rng.uniform(0, 0.6 * seconds)
             while time.monotonic() < end and start.pid not in starts.ended:
                 starts.listen(0.001)
             start.kill()
@@ -90,17 +90,17 @@ def test_killed_at_random_moments(script, starts, city, tmp_path, undisturbed, s
             kills += 1
         status, text = starts.run(script, argv)
         assert status == 0, text
-        assert_same_end(tmp_path / f"{repetition}/{script}-gta5", whole)
+        assert_same_end(tmp_path / f"{repetition}/{script}-gta5", reference)
         shutil.rmtree(tmp_path / f"{repetition}")
-        if kills >= enough:
+        if kills >= required:
             break
     print(f"{script}: {kills} kills")
-    assert kills >= enough
+    assert kills >= required
 
 
 def test_full_disk(starts, city, tmp_path, undisturbed):
-    """While a checkpoint is written, and while pseudo labels are: one sentence, nothing finished is lost, and it goes on."""
-    whole, _ = undisturbed("fada")
+    """While a checkpoint or a pseudo label is written: one sentence, no finished stage is lost, and the run resumes."""
+    reference, _ = undisturbed("fada")
     argv = arguments("fada", city, tmp_path)
     status, text = starts.run("fada", argv, file_limit=1_000_000)
     assert status == 2 and "cannot write" in text and "last.pt" in text and "make room" in text, text
@@ -110,7 +110,7 @@ def test_full_disk(starts, city, tmp_path, undisturbed):
     assert status == 2 and "cannot write" in text and "pseudo_labels" in text and "Traceback" not in text, text
     assert not [path for path in tmp_path.rglob("*.tmp")]
     assert starts.run("fada", argv)[0] == 0
-    assert_same_end(tmp_path / "fada-gta5", whole)
+    assert_same_end(tmp_path / "fada-gta5", reference)
 
 
 def stopped_in(starts, script, argv, words, number=signal.SIGTERM):
@@ -122,57 +122,57 @@ def stopped_in(starts, script, argv, words, number=signal.SIGTERM):
 
 
 def test_checkpoints_that_are_damaged_or_of_another_run(starts, city, tmp_path, undisturbed):
-    whole, _ = undisturbed("fada")
+    reference, _ = undisturbed("fada")
     other, _ = undisturbed("cag")
     argv, folder = arguments("fada", city, tmp_path), tmp_path / "fada-gta5"
-    shutil.copytree(whole, folder)
+    shutil.copytree(reference, folder)
     for name in ("adversarial.pt", "distill-labels.pt", "distill.pt", "results.json"):
         (folder / name).unlink()
-    good = (folder / "source.pt").read_bytes()
-    flipped = bytearray(good)
-    flipped[len(good) // 2] ^= 1                                  # one bit in a weight, which torch.load would not notice
+    intact = (folder / "source.pt").read_bytes()
+    flipped = bytearray(intact)
+    flipped[len(intact) // 2] ^= 1                                # one bit of a weight, which torch.load does not notice
     for content, more, words in [
-        (good[:len(good) // 2], [], "source.pt is damaged"), (bytes(flipped), [], "source.pt is damaged"),
-        ((other / "source.pt").read_bytes(), [], "does not fit"), (good, ["--lr", "1e-3"], "--lr (0.00025 -> 0.001)"),
-        (good, ["--source", "synthia", "--from", str(whole / "source.pt")], "does not fit"),
+        (intact[:len(intact) // 2], [], "source.pt is damaged"), (bytes(flipped), [], "source.pt is damaged"),
+        ((other / "source.pt").read_bytes(), [], "does not fit"), (intact, ["--lr", "1e-3"], "--lr (0.00025 -> 0.001)"),
+        (intact, ["--source", "synthia", "--from", str(reference / "source.pt")], "does not fit"),
         (b"", [], "source.pt is damaged"),
     ]:
         (folder / "source.pt").write_bytes(content)
         status, text = starts.run("fada", [*argv, *more])
         assert status == 2 and words in text and text.strip().splitlines()[-1].startswith("fada.py: error: "), text
         assert "Traceback" not in text
-    (folder / "source.pt").write_bytes(good)
+    (folder / "source.pt").write_bytes(intact)
     for name in ("config.json", "results.json"):
-        kept = (folder / name).read_bytes() if (folder / name).exists() else b"{}"
+        original = (folder / name).read_bytes() if (folder / name).exists() else b"{}"
         (folder / name).write_bytes(b'{"cut": ')
         status, text = starts.run("fada", argv)
         assert status == 2 and name in text and "damaged" in text and "Traceback" not in text, text
-        (folder / name).write_bytes(kept)
+        (folder / name).write_bytes(original)
     assert starts.run("fada", argv)[0] == 0
 
 
 def test_a_pseudo_label_of_another_size(starts, city, tmp_path, undisturbed):
-    """Between two starts: refused by name, not resized; with the file of before the run goes on."""
-    whole, _ = undisturbed("fada")
+    """Changed between two starts: the file is named, not resized; with the old file the run resumes."""
+    reference, _ = undisturbed("fada")
     argv, folder = arguments("fada", city, tmp_path, "--workers", "1"), tmp_path / "fada-gta5"
-    shutil.copytree(whole, folder)
+    shutil.copytree(reference, folder)
     (folder / "distill.pt").unlink()
     results = json.loads((folder / "results.json").read_text())
     (folder / "results.json").write_text(json.dumps({stage: results[stage] for stage in ("source", "adversarial")}))
     stopped_in(starts, "fada", argv, "distill 1/3")
     assert (folder / "last.pt").exists()
-    for label in folder.glob("pseudo_labels/**/*.png"):                       # whichever image comes next
+    for label in folder.glob("pseudo_labels/**/*.png"):                       # any of them may come next
         Image.open(label).resize((32, 16)).save(label)
     status, text = starts.run("fada", argv)
     assert status == 2 and "pseudo_labels" in text and "32x16" in text and "Traceback" not in text, text
     shutil.rmtree(folder / "pseudo_labels")
-    shutil.copytree(whole / "pseudo_labels", folder / "pseudo_labels")
+    shutil.copytree(reference / "pseudo_labels", folder / "pseudo_labels")
     assert starts.run("fada", argv)[0] == 0
-    assert_same_end(folder, whole)
+    assert_same_end(folder, reference)
 
 
 def test_an_image_that_becomes_unreadable_and_a_worker_that_is_killed(starts, city, tmp_path, undisturbed):
-    whole, _ = undisturbed("fada")
+    reference, _ = undisturbed("fada")
     data = tmp_path / "data"
     shutil.copytree(city, data)
     argv = arguments("fada", data, tmp_path, "--workers", "1")
@@ -192,12 +192,12 @@ def test_an_image_that_becomes_unreadable_and_a_worker_that_is_killed(starts, ci
     assert "error: a worker process was killed" in start.text.strip().splitlines()[-1], start.text
     assert (tmp_path / "fada-gta5-long/last.pt").exists()
     assert starts.run("fada", argv)[0] == 0
-    assert_same_end(tmp_path / "fada-gta5", whole)
+    assert_same_end(tmp_path / "fada-gta5", reference)
 
 
 @pytest.mark.parametrize("broken", [EOFError(), ConnectionResetError(104, "Connection reset by peer")])
 def test_a_worker_that_is_killed_while_it_hands_over_a_batch(broken, city, tmp_path, monkeypatch, capsys):
-    """Its pipe breaks some moments before its parent is told that it is dead, and that must not cut short the message."""
+    """Its pipe breaks shortly before its parent learns that it is dead, which must not cut the message short."""
     receive, clear, parent, count = Connection.recv_bytes, traceback.clear_frames, os.getpid(), itertools.count(1)
 
     def received(self, *size):
@@ -205,7 +205,7 @@ def test_a_worker_that_is_killed_while_it_hands_over_a_batch(broken, city, tmp_p
             raise broken
         return receive(self, *size)
 
-    def told_of_the_death(error):
+    def learn_of_the_death(error):
         workers = multiprocessing.active_children()
         assert workers
         for worker in workers:
@@ -214,7 +214,7 @@ def test_a_worker_that_is_killed_while_it_hands_over_a_batch(broken, city, tmp_p
         clear(error)
 
     monkeypatch.setattr(Connection, "recv_bytes", received)
-    monkeypatch.setattr(traceback, "clear_frames", told_of_the_death)
+    monkeypatch.setattr(traceback, "clear_frames", learn_of_the_death)
     with pytest.raises(SystemExit) as stop:
         fada.main(arguments("fada", city, tmp_path, "--workers", "1", "--source-iterations", "50"))
     error = capsys.readouterr().err
@@ -223,7 +223,7 @@ def test_a_worker_that_is_killed_while_it_hands_over_a_batch(broken, city, tmp_p
 
 
 def test_a_worker_that_is_killed_while_a_checkpoint_is_written(city, tmp_path, monkeypatch, capsys):
-    """The checkpoint becomes whole, and the message is of the worker, not of the disk."""
+    """The checkpoint is complete, and the message names the worker, not the disk."""
     save, kills = torch.save, []
 
     def killed(content, file):
@@ -247,12 +247,12 @@ LONG = ("--source-iterations", "5000", "--save-every", "1000")
 
 
 def test_a_second_ctrl_c_ends_at_once_and_the_first_says_so(starts, city, tmp_path):
-    """Amid an iteration that takes a minute; the word comes before it ends, and there is no traceback."""
+    """During an iteration of one minute: the message comes before the iteration ends, and there is no traceback."""
     start = starts.start("fada", arguments("fada", city, tmp_path, *LONG), slow_at=(4, 60))
     start.until("source 2/5000")
     start.kill(signal.SIGINT)
     start.until("stopping after this iteration; once more: stop now, losing 3 iterations")
-    time.sleep(2.1)                                               # what comes sooner is a scheduler's repetition
+    time.sleep(2.1)                                               # an earlier signal is a scheduler's repetition
     start.kill(signal.SIGINT)
     assert start.wait(20) == -signal.SIGINT and "Traceback" not in start.text and "KeyboardInterrupt" not in start.text
     assert not (tmp_path / "fada-gta5/last.pt").exists()
@@ -269,7 +269,7 @@ def test_a_signal_that_comes_twice_at_once_is_one(starts, city, tmp_path):
 
 
 def test_a_terminal_that_is_closed(city, tmp_path):
-    """As by the end of a ssh session: SIGHUP, and nothing can be printed any more."""
+    """As when an ssh session ends: SIGHUP, and printing fails."""
     line = [sys.executable, str(ROOT / "fada.py"), *arguments("fada", city, tmp_path, *LONG)]
     pid, terminal = pty.fork()
     if pid == 0:
@@ -283,7 +283,7 @@ def test_a_terminal_that_is_closed(city, tmp_path):
 
 
 def test_a_pipe_that_is_closed(city, tmp_path):
-    """`| head`: no traceback, and what is trained is kept."""
+    """`| head`: no traceback, and a checkpoint is kept."""
     for more, words, statuses in (["--help"], "", {0, 141}), (LONG, "source 2/5000", {128 + signal.SIGPIPE}):
         line = [sys.executable, str(ROOT / "fada.py"), *arguments("fada", city, tmp_path, *more)]
         process = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -295,7 +295,7 @@ def test_a_pipe_that_is_closed(city, tmp_path):
 
 
 def test_the_line_that_resumes_works_from_another_folder(starts, city, tmp_path):
-    """Though --data and --runs are relative."""
+    """Even if --data and --runs are relative."""
     argv = arguments("fada", Path(os.path.relpath(city, ROOT)), Path(os.path.relpath(tmp_path, ROOT)), "--stage", "source")
     start = starts.start("fada", argv, slow_at=(2, 3))
     start.until("source 1/3")
@@ -308,7 +308,7 @@ def test_the_line_that_resumes_works_from_another_folder(starts, city, tmp_path)
 
 
 def test_shared_memory_that_is_full(city, tmp_path):
-    """As in a container: two megabytes of it, in a namespace of its own, where that is allowed."""
+    """Two megabytes of it, as in a container: in a separate namespace, if the system allows one."""
     line = shlex.join([sys.executable, str(ROOT / "fada.py"), *arguments("fada", city, tmp_path, "--workers", "1"),
                        "--source-size", "512x256", "--batch-size", "4"])
     small = "mount -t tmpfs -o size=2m tmpfs /dev/shm || exit 77"
@@ -321,7 +321,7 @@ def test_shared_memory_that_is_full(city, tmp_path):
 
 
 def test_where_the_system_has_neither_process_groups_nor_alarms(city, tmp_path, monkeypatch):
-    """As Windows, which has no SIGHUP either."""
+    """As on Windows, which has no SIGHUP either."""
     for module, name in ((os, "setpgid"), (signal, "alarm"), (signal, "SIGHUP")):
         monkeypatch.delattr(module, name)
     fada.main(arguments("fada", city, tmp_path, "--workers", "1", "--stage", "source"))
@@ -329,12 +329,12 @@ def test_where_the_system_has_neither_process_groups_nor_alarms(city, tmp_path, 
 
 
 def test_nan_in_a_batch(starts, city, tmp_path):
-    """The run ends by itself, names the loss, and what was saved before stays good."""
+    """The run ends, names the loss, and the checkpoint from before stays valid."""
     argv = arguments("fada", city, tmp_path)
     status, text = starts.run("fada", argv, nan_at=4)             # the third batch of two
     assert status == 2 and "loss 'seg' became nan at iteration 3" in text and "last.pt from before it is kept" in text, text
-    kept = torch.load(tmp_path / "fada-gta5/last.pt", weights_only=True)
-    assert kept["iteration"] == 2 and all(x.isfinite().all() for _, x in tensors(kept["state"]))
+    saved = torch.load(tmp_path / "fada-gta5/last.pt", weights_only=True)
+    assert saved["iteration"] == 2 and all(x.isfinite().all() for _, x in tensors(saved["state"]))
 
 
 def test_training_leaks_nothing(starts, city, tmp_path, soak):
@@ -354,14 +354,14 @@ def test_training_leaks_nothing(starts, city, tmp_path, soak):
     assert resident[1] < 1.02 * resident[0]
 
 
-def test_a_second_start_in_the_same_folder_refuses(starts, city, tmp_path):
+def test_a_second_process_in_the_same_folder_is_refused(starts, city, tmp_path):
     argv = arguments("fada", city, tmp_path, "--source-iterations", "100000")
     first = starts.start("fada", argv)
     first.until("source 5/")                                  # with a checkpoint
     status, text = starts.run("fada", argv)
     assert status == 2 and "is in use by another process" in text and "--tag" in text, text
     assert starts.run("fada", [*argv, "--eval"])[0] in (0, 2)     # only reads
-    first.kill()                                                  # and the lock is gone with it
+    first.kill()                                                  # this frees the lock
     first.wait()
     third = stopped_in(starts, "fada", argv, "resuming")
     assert "in use" not in third.text

@@ -1,7 +1,7 @@
-"""The size of the house and who may import whom. Whoever adds a feature finds the lines for it.
+"""Limits on the size of the code and on its imports. A new feature must fit into them.
 
-`python tests/test_house.py` prints, for each script, the files, lines and tokens of all that it imports when it starts: the
-modules of this project that are reached by imports at the top of a file. Imports inside functions are not followed."""
+`python tests/test_house.py` prints, per script, the files, lines and tokens of all modules of this project that it imports when
+it starts: those reached by imports at the top of a file. Imports inside functions are not followed."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def lines(path: Path) -> list[str]:
 
 
 def imports(path: Path, everywhere: bool = False) -> set[str]:
-    """Dotted names that a file imports at its top, in `if` and `try` too; with `everywhere` also inside functions."""
+    """Dotted names that a file imports at its top, also in `if` and `try`; with `everywhere`, inside functions too."""
     names, nodes = set(), list(ast.parse(path.read_text(encoding="utf-8")).body)
     while nodes:
         node = nodes.pop()
@@ -40,7 +40,7 @@ def imports(path: Path, everywhere: bool = False) -> set[str]:
 
 
 def closure(script: str) -> dict[Path, int]:
-    """Files that a script imports when it starts, itself too -> tokens."""
+    """Files that a script imports when it starts, itself included -> number of tokens."""
     seen, todo = {}, [ROOT / f"{script}.py"]
     while todo:
         path = todo.pop()

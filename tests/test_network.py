@@ -1,4 +1,4 @@
-"""One's own network: the example of docs/network.md trains in every script; what it must offer is said in one sentence."""
+"""Your own network: the example of docs/network.md trains in every script; one sentence says what a network lacks."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_the_pages_network_trains_in_every_script(script, edited, city, tmp_path
     assert list(json.loads((folder / "results.json").read_text())) == STAGES[script]
     last, exported = final_state(folder, STAGES[script][-1]), torch.load(tmp_path / "mine.pth", weights_only=True)
     own = sys.modules["my_network"].MyNetwork(19)
-    assert list(exported) == list(own.state_dict())                            # the names as they are
+    assert list(exported) == list(own.state_dict())                            # unchanged names
     assert all(torch.equal(value, last[f"module.{key}"]) for key, value in exported.items())
     own.load_state_dict(exported)
 
@@ -74,10 +74,10 @@ def test_the_pages_network_trains_in_every_script(script, edited, city, tmp_path
         capsys.readouterr()
         module.main(small(script, city, runs, "--eval", *more))
         lines = capsys.readouterr().out.split("IoU in percent")[1].splitlines()
-        return [line.split() for line in lines[3:]]                            # without the heads, which name checkpoints
+        return [line.split() for line in lines[3:]]                            # without the titles, which name checkpoints
     scores = table()
     assert scores == table("--from", str(folder / f"{STAGES[script][-1]}.pt"))
-    if script != "fada":                                                       # whose last stage is tested at another size
+    if script != "fada":                                                       # its last stage is tested at another size
         assert scores == table("--init", str(tmp_path / "mine.pth"))
 
 
@@ -86,7 +86,7 @@ def test_it_resumes_and_another_network_is_refused(edited, city, tmp_path, capsy
     line = small("sim", city, runs, "--stage", "step1")
     module.main(line)
     state = final_state(runs / "sim-gta5", "step1")
-    module.main(small("sim", city, runs))                                      # goes on with step 2
+    module.main(small("sim", city, runs))                                      # continues with step 2
     assert all(torch.equal(value, final_state(runs / "sim-gta5", "step1")[key]) for key, value in state.items())
     capsys.readouterr()
     import sim
@@ -133,7 +133,7 @@ def returning(result):
     (returning(lambda feat, logits: feat @ logits), "Wrong fails on two images of 64x128 .RuntimeError"),
     (lambda num_classes: 3, "returns a int, but a torch.nn.Module is needed"),
 ])
-def test_what_is_missing_is_said_in_one_sentence(build, words):
+def test_what_a_network_lacks_is_reported_in_one_sentence(build, words):
     with pytest.raises(UserError, match=words) as error:
         make_network(build, "resnet18", 5)
     assert "\n" not in str(error.value) and "docs/network.md" in str(error.value)
@@ -168,7 +168,7 @@ def test_batch_norm_is_frozen_and_rates_are_given():
     model.freeze_bn("none")
     assert model.module.encoder[1].training and encoder.weight.requires_grad
     plain = make_network(lambda k: nn.Sequential(Net(k)), "resnet18", 5)
-    plain.freeze_bn("encoder")                                                 # there is none
+    plain.freeze_bn("encoder")                                                 # it has no encoder
     assert [group["lr"] for group in plain.parameter_groups(0.5, 0.1)] == [0.5]
 
     class Grouped(Net):
@@ -204,5 +204,5 @@ def test_its_input_and_its_weights(tmp_path, capsys):
     torch.save({**trained.state_dict(), "odd.weight": torch.zeros(1)}, file)
     with pytest.raises(UserError, match="0 weights are missing or have another shape, 1 are unexpected .odd.weight"):
         build_model(Net, "resnet18", 5, str(file))
-    initial = build_model(Net, "resnet18", 5, "imagenet")                      # as its constructor makes it
+    initial = build_model(Net, "resnet18", 5, "imagenet")                      # with the weights of its constructor
     assert not initial.complete and initial.frozen_bn == "encoder"

@@ -1,4 +1,4 @@
-"""--predict: ids, sizes and names of what is written, by every script, and that nothing of anyone's is overwritten."""
+"""--predict: ids, sizes and names of the files that every script writes; no existing file is overwritten."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ def photo(path: Path, width: int, height: int, seed: int = 0, **how) -> None:
 
 @pytest.fixture
 def photos(tmp_path) -> Path:
-    """Four images in three folders, of three sizes and endings, and things that are no images."""
+    """Four images in three folders, of three sizes and endings, and files that are not images."""
     folder = tmp_path / "photos"
     photo(folder / "a.png", 64, 32)
     photo(folder / "day/b.JPG", 50, 40, 1, format="JPEG")
     photo(folder / "day/rain/c.jpeg", 30, 60, 2, format="JPEG")
     photo(tmp_path / "elsewhere/d.PNG", 128, 64, 3)
     (folder / "linked").symlink_to(tmp_path / "elsewhere")
-    (folder / "day/back").symlink_to(folder)                                   # a circle
+    (folder / "day/back").symlink_to(folder)                                   # a loop of links
     (folder / "day/._b.jpg").write_bytes(b"macOS")
     (folder / "notes.txt").write_text("no image")
     return folder
@@ -48,7 +48,7 @@ def photos(tmp_path) -> Path:
 
 @pytest.fixture(scope="module")
 def trained(city, tmp_path_factory) -> Path:
-    """The folder of runs with one of sim.py's."""
+    """The folder of runs, with one run of sim.py."""
     runs = tmp_path_factory.mktemp("runs")
     sim.main(arguments("sim", city, runs, "--stage", "step1"))
     return runs
@@ -64,7 +64,7 @@ WRITTEN = ["labels/a.png", "labels/day/b.png", "labels/day/rain/c.png", "labels/
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_every_script_predicts(script, city, photos, tmp_path, capsys):
-    """With the run's own flags, without a data set on disk; the labels are the network's."""
+    """With the flags of the run, and without a data set on disk."""
     module, stage, out = importlib.import_module(script), STAGES[script][0], tmp_path / "out"
     module.main(arguments(script, city, tmp_path / "runs", "--stage", stage))
     folder = tmp_path / f"runs/{script}-gta5"
@@ -83,7 +83,7 @@ def test_every_script_predicts(script, city, photos, tmp_path, capsys):
 
 
 def test_the_labels_are_the_models(trained, photos, tmp_path, monkeypatch):
-    """Against predict() on an image that has the run's size, so that nothing is resized before."""
+    """Compared with predict() on an image of the run's size, which is not resized before."""
     seen = {}
     real = metrics.predict
     monkeypatch.setattr(metrics, "predict", lambda model, image, size, **how: seen.setdefault("model", model) and real(
@@ -93,11 +93,11 @@ def test_the_labels_are_the_models(trained, photos, tmp_path, monkeypatch):
     image = (image - torch.tensor(data.IMAGENET_MEAN).view(3, 1, 1)) / torch.tensor(data.IMAGENET_STD).view(3, 1, 1)
     expected = real(seen["model"].eval(), image[None], (32, 64))[0].numpy()
     with Image.open(tmp_path / "out/labels/a.png") as label:
-        assert (np.array(label) == np.array(IDS)[expected]).mean() > 0.999                    # float32, once in another order
+        assert (np.array(label) == np.array(IDS)[expected]).mean() > 0.999                    # float32, other order of sums
     assert len(np.unique(expected)) > 1
 
 
-def test_it_goes_on_and_overwrites_nothing(trained, photos, tmp_path, capsys):
+def test_it_resumes_and_overwrites_nothing(trained, photos, tmp_path, capsys):
     out = tmp_path / "out"
 
     def predict(*more: str, images: Path = photos, into: Path = out) -> str:
@@ -115,10 +115,10 @@ def test_it_goes_on_and_overwrites_nothing(trained, photos, tmp_path, capsys):
 
     predict()
     times = {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file()}
-    (out / "labels/day/b.png").unlink()                                        # as if it had stopped there
+    (out / "labels/day/b.png").unlink()                                        # as if interrupted there
     assert "1 of 4 images are left" in predict() and files(out) == WRITTEN
-    kept = [path for path in times if path.name not in ("b.png", "b.jpg")]
-    assert all(path.stat().st_mtime_ns == times[path] for path in kept)
+    unchanged = [path for path in times if path.name not in ("b.png", "b.jpg")]
+    assert all(path.stat().st_mtime_ns == times[path] for path in unchanged)
     photo(photos / "new.png", 20, 20, 4)
     assert "1 of 5 images are left" in predict()
 
@@ -148,7 +148,7 @@ def test_it_goes_on_and_overwrites_nothing(trained, photos, tmp_path, capsys):
 
 
 def _other(folder: Path) -> str:
-    """Weights under the name of the run's last stage."""
+    """Other weights, under the name of the run's last stage."""
     from common.deeplab import make_network
     torch.manual_seed(5)
     torch.save(make_network("v2", "resnet18", 19).state_dict(), folder / "step1.pth")
@@ -174,8 +174,8 @@ def test_file_ids():
     assert file_ids(own).tolist() == [200, 3]
 
 
-def test_weights_of_any_type_are_told_apart(tmp_path, photos):
-    """The marker knows a model by all of its tensors, whatever their types."""
+def test_weights_of_any_type_are_distinguished(tmp_path, photos):
+    """The marker identifies a model by all of its tensors, of every type."""
     class Model(nn.Module):
         def __init__(self, value: float):
             super().__init__()

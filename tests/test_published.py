@@ -1,7 +1,7 @@
-"""Published checkpoints: each family against a forward pass written out here from its raw tensors, wrong files, round trips.
+"""Published checkpoints: each family against a forward pass from its raw tensors, invalid files, round trips.
 
-The files are written with exactly the published names. ResNet-50 stands for ResNet-101 where the depth does not matter, and
-ResNet-18 where the forward pass does not.
+The files have exactly the published names. ResNet-50 replaces ResNet-101 if depth does not matter, and ResNet-18 if the
+forward pass does not matter.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ K = 19
 
 
 def encoder(backbone: str, prefix: str, counters: bool = True) -> dict[str, Tensor]:
-    """ResNet's names and shapes, torchvision's and Caffe's alike, with random values that keep activations near 1."""
+    """ResNet's names and shapes, the same in torchvision and Caffe; random values keep activations near 1."""
     state: dict[str, Tensor] = {}
 
     def conv(name: str, out: int, inner: int, size: int) -> None:
@@ -70,14 +70,14 @@ def encoder(backbone: str, prefix: str, counters: bool = True) -> dict[str, Tens
 
 
 def batch_norm(name: str, channels: int, counters: bool = True, scale: float = 1.0) -> dict[str, Tensor]:
-    var = 10 ** (3 * torch.rand(channels) - 3)                         # from so small that an eps shows
+    var = 10 ** (3 * torch.rand(channels) - 3)                         # small enough that eps has an effect
     state = {f"{name}.weight": scale * (0.5 + torch.rand(channels)) * var.sqrt(), f"{name}.bias": 0.1 * torch.randn(channels),
              f"{name}.running_mean": 0.1 * torch.randn(channels), f"{name}.running_var": var}
     return state | ({f"{name}.num_batches_tracked": torch.tensor(7)} if counters else {})
 
 
 def summed_head(prefix: str, channels: int = 2048, trained: int = 4) -> dict[str, Tensor]:
-    """Four dilated convolutions, of which the last ones may still have their first weights."""
+    """Four dilated convolutions; those after the first `trained` keep their initial weights."""
     state = {}
     for k in range(4):
         scale = 0.004 + 0.004 * torch.rand(K, 1, 1, 1) if k < trained else 0.01
@@ -125,7 +125,7 @@ def conv(state: dict, name: str, x: Tensor, **how) -> Tensor:
 
 def resnet(state: dict, prefix: str, x: Tensor, strides, dilations, first_dilations, caffe: bool = False,
            eps: float = 1e-5) -> tuple[Tensor, Tensor]:
-    """Outputs of layer1 and layer4. `dilations` of a layer: one number, or one a block; its first block's stand apart."""
+    """Outputs of layer1 and layer4. `dilations` per layer: one number, or one per block; `first_dilations`: first blocks."""
     x = norm(state, f"{prefix}bn1", conv(state, f"{prefix}conv1", x, stride=2, padding=3), eps).relu()
     x = F.max_pool2d(x, 3, 2, 1, ceil_mode=caffe)
     for layer in range(1, 5):
@@ -279,7 +279,7 @@ def fada_vgg_forward(content: dict, x: Tensor) -> Tensor:
 
 
 def compare(model: nn.Module, content: dict, convert, forward) -> None:
-    pixels = torch.rand(1, 3, 33, 64, dtype=torch.float64)                       # 64: pooling rounded up gives one column more
+    pixels = torch.rand(1, 3, 33, 64, dtype=torch.float64)                       # 64: rounding up gives one more column
     with torch.no_grad():
         logits = model.double().eval()(imagenet(pixels))[1]
         expected = forward(content, convert(pixels))
@@ -292,7 +292,7 @@ def test_a_family_gives_its_own_networks_logits(name, tmp_path, capsys):
     network, write, count, convert, forward, words = FAMILIES[name]
     torch.manual_seed(0)
     content = write()
-    path = save(tmp_path / "file.pth", content, _use_new_zipfile_serialization=name != "BDL")     # old files are no archives
+    path = save(tmp_path / "file.pth", content, _use_new_zipfile_serialization=name != "BDL")     # old files are not archives
     model = build_model(network, "resnet50", K, path, branches=count)
     line = capsys.readouterr().out
     assert line.count("\n") == 1 and all(word in line for word in [path, "0 missing", *words]), line
@@ -331,7 +331,7 @@ def test_a_family_in_full_size(network, tmp_path):
                 lambda c, x: v3plus_forward(c, x, CAG))
 
 
-def test_two_branches_are_all_that_a_two_branch_head_has(tmp_path, caffe):
+def test_a_two_branch_head_has_two_branches(tmp_path, caffe):
     model = build_model("v2", "resnet18", K, save(tmp_path / "file.pth", caffe)).eval()
     x = torch.randn(1, 3, 33, 33)
     with torch.no_grad():
@@ -341,18 +341,18 @@ def test_two_branches_are_all_that_a_two_branch_head_has(tmp_path, caffe):
         path = save(tmp_path / "file.pth", changed)
         assert torch.equal(build_model("v2", "resnet18", K, path, branches=2).eval()(x)[1], before)
         assert not torch.allclose(build_model("v2", "resnet18", K, path, branches=4).eval()(x)[1], before)
-    assert len(model.head.branches) == 2                 # no parameter without a gradient: several processes need that
+    assert len(model.head.branches) == 2                 # every parameter has a gradient, as several processes need
 
 
-def test_untrained_branches_are_told_from_trained_ones():
+def test_untrained_branches_are_recognised():
     def summed(trained: int, decay: float = 1.0) -> int:
         torch.manual_seed(0)
         state = {f"layer6.{key}": decay * value for key, value in summed_head("", trained=trained).items()}
         return recognise({"conv1.weight": torch.zeros(1), **state}, "--init x").structure.branches
 
     assert summed(2) == 2 and summed(4) == 4
-    assert summed(0) == 4                                # nothing was trained: nothing to tell by
-    assert summed(2, decay=0.95) == 4                    # weight decay alone shows
+    assert summed(0) == 4                                # nothing is trained: no difference
+    assert summed(2, decay=0.95) == 4                    # weight decay alone is noticed
     assert recognise(small_file(2), "--init x").structure.branches == 2
 
 
@@ -370,7 +370,7 @@ def test_weights_converted_from_caffe_initialise_the_encoder(tmp_path, caffe, ca
     assert "BGR 0-255 minus Caffe's mean" in capsys.readouterr().out
 
 
-def test_what_names_do_not_tell_is_said_and_overruled(tmp_path, capsys):
+def test_ambiguous_names_are_reported_and_overruled(tmp_path, capsys):
     """CRST has BDL's names and ImageNet's input; tllib has FADA's names and Caffe's network."""
     torch.manual_seed(0)
     content = encoder("resnet50", "") | summed_head("layer5.")
@@ -392,14 +392,14 @@ def test_what_names_do_not_tell_is_said_and_overruled(tmp_path, capsys):
 
 @pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "model.", "module.module.", "_orig_mod.module.",
                                     "model._orig_mod."])
-def test_prefixes_of_wrappers_are_taken_away(prefix, tmp_path, caffe):
+def test_prefixes_of_wrappers_are_removed(prefix, tmp_path, caffe):
     path = save(tmp_path / "file.pth", {"state_dict": {f"{prefix}{key}": value for key, value in caffe.items()}})
     model = build_model("v2", "resnet18", K, path)
     assert model.complete and torch.equal(model.encoder.conv1.weight, caffe["conv1.weight"])
 
 
 def test_one_of_several_networks(tmp_path, caffe, capsys):
-    """`model` is taken, and what lies beside it is said; without it, one is asked for; --entry picks."""
+    """`model` is the default and the others are reported; without it, --entry is required."""
     other = {key: value + 1 if value.is_floating_point() else value for key, value in caffe.items()}
 
     def loaded(content, **how) -> tuple[float, str]:
@@ -414,7 +414,7 @@ def test_one_of_several_networks(tmp_path, caffe, capsys):
     assert added == 0 and "beside it model_ema (--entry model_ema); " in line
     assert loaded(beside, entry="model_ema")[0] == 1 and loaded(beside, entry="model")[0] == 0
     added, line = loaded({"ema": other, "optimizer": optimizer, "epoch": 3})
-    assert added == 1 and "entry ema; " in line                                # the only one there is
+    assert added == 1 and "entry ema; " in line                                # the only one
     flat = {f"module.model.{k}": v for k, v in caffe.items()} | {f"module.ema_model.{k}": v for k, v in other.items()}
     added, line = loaded({"state_dict": flat})
     assert added == 0 and "beside it ema_model (--entry ema_model); " in line
@@ -428,22 +428,22 @@ def test_one_of_several_networks(tmp_path, caffe, capsys):
         with pytest.raises(UserError, match=words) as error:
             loaded(content, entry=entry)
         assert "file.pth" in str(error.value) and "\n" not in str(error.value)
-    assert loaded({**caffe, "schema.weight": torch.zeros(1)})[0] == 0          # "ema" amid a word is no copy
+    assert loaded({**caffe, "schema.weight": torch.zeros(1)})[0] == 0          # "ema" inside a word is no copy
 
 
 def test_entry_on_the_command_line(city, tmp_path, caffe, capsys):
-    """Of an --init and of a published --from file, and of this project's checkpoint; it belongs to the run."""
+    """For --init, for a published --from file, and for this project's checkpoint; it defines the run."""
     path = save(tmp_path / "file.pth", {"student": without(caffe, "conv2d_list"), "teacher": caffe})
-    where = ["--data", str(city), "--runs", str(tmp_path / "runs"), *SMALL.split(), "--stage", "source"]
-    where += ["--source-iterations", "1"]
-    fada.main([*where, "--init", path, "--entry", "teacher"])
+    flags = ["--data", str(city), "--runs", str(tmp_path / "runs"), *SMALL.split(), "--stage", "source"]
+    flags += ["--source-iterations", "1"]
+    fada.main([*flags, "--init", path, "--entry", "teacher"])
     assert "entry teacher; " in capsys.readouterr().out
     with pytest.raises(SystemExit):
-        fada.main([*where, "--init", path, "--entry", "student"])
+        fada.main([*flags, "--init", path, "--entry", "student"])
     assert "--entry (teacher -> student)" in capsys.readouterr().err
-    fada.main([*where, "--eval", "--from", path, "--entry", "teacher"])
+    fada.main([*flags, "--eval", "--from", path, "--entry", "teacher"])
     with pytest.raises(SystemExit):
-        fada.main([*where, "--eval", "--from", path, "--entry", "student"])
+        fada.main([*flags, "--eval", "--from", path, "--entry", "student"])
     assert "neither a checkpoint of this project nor a trained network" in capsys.readouterr().err
     own = torch.load(tmp_path / "runs/fada-gta5/source.pt", weights_only=True)
     own["state"]["teacher"] = {key: value + 1 for key, value in own["state"]["model"].items()}
@@ -454,14 +454,14 @@ def test_entry_on_the_command_line(city, tmp_path, caffe, capsys):
 
 
 def normalised_head(prefix: str, channels: int) -> dict[str, Tensor]:
-    """ProDA's and MRNet's: branches of convolution and norm, a bottleneck, a 1x1 classifier."""
+    """The head of ProDA and MRNet: branches of convolution and norm, a bottleneck, a 1x1 classifier."""
     state = {f"{prefix}conv2d_list.{k}.0.weight": torch.zeros(2, channels, 1 if k == 0 else 3, 1 if k == 0 else 3)
              for k in range(5)}
     state |= {f"{prefix}conv2d_list.{k}.1.weight": torch.zeros(2) for k in range(5)}
     return state | {f"{prefix}bottleneck.1.weight": torch.zeros(2, 10, 3, 3), f"{prefix}head.1.weight": torch.zeros(K, 2, 1, 1)}
 
 
-def test_what_cannot_be_read_says_how_to_save_it(tmp_path, caffe, monkeypatch):
+def test_messages_on_unreadable_files_say_how_to_save_them(tmp_path, caffe, monkeypatch):
     plain = without(caffe, "conv2d_list")
     module = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
     old = {"args": argparse.Namespace(lr=0.1), "state_dict": caffe}
@@ -480,7 +480,7 @@ def test_what_cannot_be_read_says_how_to_save_it(tmp_path, caffe, monkeypatch):
         with pytest.raises(UserError, match=words) as error:
             build_model("v2", "resnet18", K, path)
         assert path in str(error.value) and "\n" not in str(error.value)
-    # The way out works: ProDA's encoder as initial weights of Caffe's network.
+    # The remedy works: ProDA's encoder as initial weights of Caffe's network.
     state = cases["ProDA"][0]["ResNet101"]["model_state"]
     path = save(tmp_path / "out.pth", {"Scale." + k: v for k, v in state.items() if k[:6] not in ("layer5", "layer6")})
     model = build_model("v2", "resnet18", K, path)
@@ -533,8 +533,8 @@ def test_files_that_do_not_fit(tmp_path, caffe, monkeypatch):
         with pytest.raises(UserError, match=words) as error:
             build_model("v2", "resnet18", K, path)
         assert path in str(error.value) and "\n" not in str(error.value)
-    whole = (tmp_path / "head.pth").read_bytes()
-    (tmp_path / "cut.pth").write_bytes(whole[:-5000])
+    intact = (tmp_path / "head.pth").read_bytes()
+    (tmp_path / "cut.pth").write_bytes(intact[:-5000])
     torch.save(caffe, tmp_path / "legacy.pth", _use_new_zipfile_serialization=False)
     (tmp_path / "cut-legacy.pth").write_bytes((tmp_path / "legacy.pth").read_bytes()[:100_000])
     (tmp_path / "pickle.pth").write_bytes(pickle.dumps({"state_dict": Malicious()}, protocol=2))
@@ -546,8 +546,8 @@ def test_files_that_do_not_fit(tmp_path, caffe, monkeypatch):
 
 @pytest.fixture
 def authors(monkeypatch):
-    """Classes as the authors of BiSMAP have them: yacs.config.CfgNode and schedulers.schedulers.PolynomialLR. They are there
-    while a file is written, and not while it is read."""
+    """Classes of BiSMAP's authors: yacs.config.CfgNode and schedulers.schedulers.PolynomialLR. They exist while a file is
+    written, but not while it is read."""
     class CfgNode(dict):
         def __init__(self, **values):
             super().__init__(**values)
@@ -588,16 +588,16 @@ def test_bismap_as_its_authors_save_it(tmp_path, authors, monkeypatch, capsys):
     assert "BiSMAP, DeepLab v3+" in line and " 0 missing" in line and "left out iter, best_iou, configs, ..." in line
     compare(model, content, imagenet, lambda c, x: v3plus_forward(c["DeepLabV3_plus"]["model_state"], x, BISMAP))
     assert not (set(sys.modules) - modules) & {"yacs", "yacs.config", "schedulers", "schedulers.schedulers"}
-    loaded = load_foreign(path)                          # the objects are dicts of what was in them, without behaviour
+    loaded = load_foreign(path)                          # the objects are dicts of their content
     assert loaded["configs"]["training"]["ddp"]["gpus"] == [0, 1] and loaded["best_iou"] == 0.5023
     scheduler = loaded["DeepLabV3_plus"]["scheduler_state"]["after_scheduler"]
     assert type(loaded["configs"]["training"]) is type(scheduler) is OrderedDict
-    with pytest.raises(UserError, match="damaged or not a checkpoint .UnpicklingError."):    # our own have no such things
+    with pytest.raises(UserError, match="damaged or not a checkpoint .UnpicklingError."):    # our checkpoints hold no objects
         files.load(path)
 
 
 def hand_made(path: Path, code: bytes) -> str:
-    """A file as torch.save writes it, whose pickle is `code`."""
+    """A file as torch.save writes it, but with `code` as its pickle."""
     torch.save({"conv1.weight": torch.zeros(1)}, path)
     with zipfile.ZipFile(path) as archive:
         content = {name: archive.read(name) for name in archive.namelist()}
@@ -609,11 +609,11 @@ def hand_made(path: Path, code: bytes) -> str:
 
 def test_no_file_runs_code(tmp_path, caffe, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "planted.py").write_text("open('pwned', 'w')")         # importing it would be enough
+    (tmp_path / "planted.py").write_text("open('pwned', 'w')")         # an import would be enough
     monkeypatch.syspath_prepend(str(tmp_path))
     before = set(torch.serialization.get_safe_globals())
     touch = b"X\x0b\x00\x00\x00touch pwned"
-    inert = {                                            # read as empty dicts
+    inert = {                                            # become empty dicts
         "open": Malicious(), "popen": Malicious(subprocess.Popen, ["touch", "pwned"]), "getattr": Malicious(getattr, 1, "real"),
         "eval": Malicious(eval, "open('pwned', 'w')"), "exec": Malicious(exec, "open('pwned', 'w')"), "function": print,
     }
@@ -628,7 +628,7 @@ def test_no_file_runs_code(tmp_path, caffe, monkeypatch):
         "nested": {"a": [Malicious(os.execlp, "touch", "touch", "pwned")]},
         "object": np.array([Malicious(os.system, "touch pwned")], dtype=object)}
     paths = [save(tmp_path / f"{name}.pth", content) for name, content in refused.items()]
-    for code in (b"cposix\nsystem\n" + touch + b"\x85R.",              # of protocol 0 to 5, called in each way there is
+    for code in (b"cposix\nsystem\n" + touch + b"\x85R.",              # protocols 0 to 5, every kind of call
                  b"\x80\x02(" + touch + b"iposix\nsystem\n.", b"\x80\x02(cposix\nsystem\n" + touch + b"o.",
                  b"\x80\x04\x8c\x05posix\x8c\x06system\x93" + touch + b"\x85R.",
                  b"\x80\x02ctorch\nos.system\n" + touch + b"\x85Rb.",
@@ -640,7 +640,7 @@ def test_no_file_runs_code(tmp_path, caffe, monkeypatch):
         with pytest.raises(UserError, match="damaged or not a --init file"):
             load_foreign(path)
     assert not (tmp_path / "pwned").exists() and "planted" not in sys.modules
-    assert set(torch.serialization.get_safe_globals()) == before       # stubs stand for names while we read, and no longer
+    assert set(torch.serialization.get_safe_globals()) == before       # stubs replace names only during reading
 
 
 def test_numpy_values_load_and_nothing_else_does(tmp_path, monkeypatch):
@@ -648,7 +648,7 @@ def test_numpy_values_load_and_nothing_else_does(tmp_path, monkeypatch):
     values = {"score": np.float64(0.5), "count": np.int64(3), "array": np.arange(6.0).reshape(2, 3), "flag": np.bool_(True)}
     path = save(tmp_path / "values.pth", values)
     for old in (False, True):
-        if old:                                          # as NumPy 1 named its module, in a file that is no archive
+        if old:                                          # NumPy 1's name of the module, in a file that is no archive
             torch.save(values, path, _use_new_zipfile_serialization=False)
             raw = Path(path).read_bytes()
             assert b"numpy._core.multiarray" in raw
@@ -663,7 +663,7 @@ def test_numpy_values_load_and_nothing_else_does(tmp_path, monkeypatch):
         with contextlib.suppress(UserError):             # a stub, or refused
             assert load_foreign(path)["x"] in ({}, {"a": {}}, Stub)
     assert not (tmp_path / "pwned").exists()
-    assert np.ndarray not in torch.serialization.get_safe_globals()    # the list holds while we read, and no longer
+    assert np.ndarray not in torch.serialization.get_safe_globals()    # the list is valid only during reading
 
 
 def test_the_structure_in_files_of_earlier_versions():
@@ -671,7 +671,7 @@ def test_the_structure_in_files_of_earlier_versions():
 
 
 @pytest.mark.parametrize("values", [{"stride": 1}, {"branches": 9}, {"input": "hsv"}, {"bn_eps": "0"}, {"ceil_mode": 1}, [3]])
-def test_a_structure_that_is_not_known_is_refused(values):
+def test_an_unknown_structure_is_refused(values):
     with pytest.raises(UserError, match="g2c.pt asks for a structure"):
         read_structure(values, "g2c.pt")
 
@@ -696,7 +696,7 @@ def test_the_authors_anchors(tmp_path):
 # ---------------------------------------------------------------------------------------------------- round trips
 
 
-def test_a_structure_differs_in_the_forward_pass_and_not_in_the_weights():
+def test_a_structure_changes_the_forward_pass_and_not_the_weights():
     torch.manual_seed(0)
     model = build_model("v2", "resnet50", 3, "none").eval()
     x = torch.randn(1, 3, 33, 32)
@@ -755,20 +755,20 @@ SMALL = ("--backbone resnet18 --workers 0 --source-size 64x32 --target-size 64x3
 
 
 def test_a_script_evaluates_continues_and_exports(city, tmp_path, caffe, capsys):
-    """fada.py --eval --init; --from after the source stage; its checkpoint and its export carry the structure on."""
+    """fada.py --eval --init; --from after the source stage; its checkpoint and its export keep the structure."""
     path = save(tmp_path / "g2c.pth", caffe)
-    where = ["--data", str(city), "--runs", str(tmp_path / "runs"), *SMALL.split()]
+    flags = ["--data", str(city), "--runs", str(tmp_path / "runs"), *SMALL.split()]
 
     def table(*argv: str) -> list[list[str]]:
         capsys.readouterr()
-        fada.main([*where, *argv])
+        fada.main([*flags, *argv])
         printed = capsys.readouterr().out
         assert "mIoU" in printed
         return [line.split() for line in printed[printed.index("IoU in percent"):].splitlines()[3:]]
 
     evaluated = table("--eval", "--init", path)
     assert table("--eval", "--from", path) == evaluated
-    fada.main([*where, "--from", path, "--init", "none"])
+    fada.main([*flags, "--from", path, "--init", "none"])
     printed = capsys.readouterr().out
     assert "--from " in printed and "adversarial 1/1" in printed and "source 1/" not in printed
     saved = torch.load(tmp_path / "runs/fada-gta5/adversarial.pt", weights_only=True)
@@ -814,7 +814,7 @@ def test_stages_after_a_published_file(tmp_path, caffe, capsys):
 
 def test_a_checkpoint_of_an_earlier_version_keeps_its_structure(tmp_path, caffe):
     model = build_model("v2", "resnet18", K, save(tmp_path / "file.pth", caffe))
-    old = {**model.structure.__dict__, "input": "bgr"}                 # its name then
+    old = {**model.structure.__dict__, "input": "bgr"}                 # its former name
     checkpoint = {"method": "fada", "stage": "source", "state": {"model": model.state_dict()}, "structure": {"model": old}}
     assert read_checkpoint(save(tmp_path / "a.pt", checkpoint), "source", None)["structure"]["model"]["input"] == "bgr255"
     with pytest.raises(UserError, match="b.pt asks for a structure that this version does not know"):

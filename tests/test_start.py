@@ -1,4 +1,4 @@
-"""What a run does once, when it starts, through the real command line: what it says, refuses, and knows again."""
+"""What a run does once, when it starts, through the real command line: what it prints, refuses and recognises."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def refused(capsys, main, *argv) -> str:
 
 @pytest.fixture(scope="module")
 def done(city, tmp_path_factory) -> Path:
-    """The folder of a run of two stages, of two iterations each."""
+    """The folder of a run of two stages with two iterations each."""
     runs = tmp_path_factory.mktemp("runs")
     train(city, runs)
     return runs / "fada-gta5"
@@ -46,7 +46,7 @@ def copy(done, tmp_path) -> Path:
 
 
 def pace(line: str) -> tuple[float, int]:
-    """Seconds per iteration and seconds left, of a line that a stage prints."""
+    """Seconds per iteration and seconds left, from a line that a stage prints."""
     hours, minutes, seconds = map(int, line.split(" left")[0].split()[-1].split(":"))
     return float(line.split(" s/it")[0].split()[-1]), 3600 * hours + 60 * minutes + seconds
 
@@ -78,7 +78,7 @@ def test_the_first_lines_say_what_runs_and_the_time_left_is_that_of_all_stages(c
     assert config["made"].keys() == {"torch", "torchvision", "commit", "host", "date", "data", "target_data"}
 
 
-def test_cags_stages_have_their_lengths_though_the_number_of_images_decides(city, tmp_path, capsys):
+def test_cags_stages_know_their_lengths_which_depend_on_the_number_of_images(city, tmp_path, capsys):
     import cag
     argv = ["--data", str(city), "--runs", str(tmp_path), *SMALL[:SMALL.index("--adversarial-iterations")], "--crop", "64x32",
             "--warmup-epochs", "2.5", "--K", "1", "--stage-epochs", "200", "--batch-size", "2", "--margin", "0.05"]
@@ -92,24 +92,24 @@ def test_cags_stages_have_their_lengths_though_the_number_of_images_decides(city
     assert left == pytest.approx(11 * seconds + seconds, abs=1 + 12 * 0.005)
 
 
-@pytest.mark.parametrize(("where", "words"), [
+@pytest.mark.parametrize(("path", "words"), [
     *((name, "lies in the run folder") for name in ("source.pt", "new.pth", "pictures/new.pth")),
     ("../copy.pt", "is a checkpoint of fada.py, which it would replace"), ("../link/new.pth", "lies in the run folder"),
 ])
-def test_weights_are_exported_over_no_run(copy, city, capsys, where, words):
+def test_an_export_never_overwrites_a_run(copy, city, capsys, path, words):
     shutil.copy(copy / "source.pt", copy.parent / "copy.pt")
     (copy.parent / "link").symlink_to(copy)
-    files = {path: path.read_bytes() for path in copy.parent.rglob("*.pt")}
+    files = {file: file.read_bytes() for file in copy.parent.rglob("*.pt")}
     argv = ["--data", city, "--runs", copy.parent, *SMALL, "--eval", "--export"]
-    assert words in refused(capsys, fada.main, *argv, copy / where)
-    assert words in refused(capsys, fada.main, *argv, copy / where, "--tag", "other")
-    assert files == {path: path.read_bytes() for path in copy.parent.rglob("*.pt")}
+    assert words in refused(capsys, fada.main, *argv, copy / path)
+    assert words in refused(capsys, fada.main, *argv, copy / path, "--tag", "other")
+    assert files == {file: file.read_bytes() for file in copy.parent.rglob("*.pt")}
     fada.main([*map(str, argv), str(copy.parent / "good.pth")])
-    fada.main([*map(str, argv), str(copy.parent / "good.pth")])                # again: an export replaces an export
+    fada.main([*map(str, argv), str(copy.parent / "good.pth")])                # an export may replace an export
     assert (copy.parent / "good.json").exists()
 
 
-def test_the_folder_of_a_run_that_begins_is_no_place_for_an_export(city, tmp_path, capsys):
+def test_an_export_into_the_folder_of_a_new_run_is_refused(city, tmp_path, capsys):
     argv = ["--data", city, "--runs", tmp_path, *SMALL, "--export", tmp_path / "fada-gta5/x.pth"]
     assert "lies in the run folder" in refused(capsys, fada.main, *argv)
     assert not (tmp_path / "fada-gta5").exists()
@@ -124,8 +124,8 @@ def test_a_flag_that_an_earlier_version_lacks_counts_as_its_default(copy, city, 
     assert "--channels-last (False -> True)" in refused(capsys, fada.main, *argv, "--channels-last")
 
 
-def test_a_longer_stage_of_a_run_that_is_there(copy, city, capsys):
-    """The message says from where it goes on, and there it does."""
+def test_a_longer_stage_of_an_existing_run(copy, city, capsys):
+    """The message says how to continue, and that works."""
     argv = ["--data", city, "--runs", copy.parent, *SMALL]
     error = refused(capsys, fada.main, *argv, "--adversarial-iterations", 3)
     before = copy / "source.pt"
@@ -137,7 +137,7 @@ def test_a_longer_stage_of_a_run_that_is_there(copy, city, capsys):
 
 
 def test_another_data_set_is_another_run(copy, tmp_path_factory, city, capsys):
-    """Though every setting is the same: by the number of images, and by their names."""
+    """Even with the same settings: by the number of images, and by their names."""
     more, other = tmp_path_factory.mktemp("more"), shutil.copytree(city, copy.parent / "other")
     toycity.render(more, train=9, val=3, size=Size(64, 32))
     images = other / "cityscapes/leftImg8bit/val/seestadt"
@@ -163,7 +163,7 @@ def test_amp_auto_is_decided_once_and_belongs_to_the_run(native, city, tmp_path,
     folder = tmp_path / "fada-gta5"
     assert json.loads((folder / "config.json").read_text())["amp"] == chosen
     assert torch.load(folder / "source.pt")["options"]["amp"] == chosen
-    monkeypatch.setattr(start, "native_bf16", lambda device: not native)       # another machine goes on as the run began
+    monkeypatch.setattr(start, "native_bf16", lambda device: not native)       # another machine keeps the run's precision
     train(city, tmp_path, "--amp", "auto")
     assert f"precision: {words}, chosen" in capsys.readouterr().out
     assert torch.load(folder / "adversarial.pt")["options"]["amp"] == chosen
@@ -186,11 +186,11 @@ def test_the_toy_settings_leave_the_precision_to_the_machine(script):
 
 
 def test_eval_takes_the_flags_of_the_run(tmp_path, city, capsys):
-    """Network, sizes, classes, domains, folder of the data and the tests themselves; what is typed overrules."""
+    """Network, sizes, classes, domains, data folder and test settings; the command line overrides them."""
     train(city, tmp_path, "--source", "synthia", "--tag", "x", "--stage", "source")
 
     def scores(columns: int, argv=()) -> list[str]:
-        """The first of the columns that were printed."""
+        """The first of the printed columns."""
         if argv:
             fada.main(["--workers", "0", "--eval", *map(str, argv)])
         lines = capsys.readouterr().out.split("IoU in percent")[1].splitlines()[3:]

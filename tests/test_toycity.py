@@ -1,4 +1,4 @@
-"""The toy city: the same every time, and readable as the real data sets are."""
+"""The toy city: always the same, and readable like the real data sets."""
 
 import itertools
 import json
@@ -72,7 +72,7 @@ def test_gta5_labels_are_palette_pngs_of_cityscapes_ids(city):
         assert label.mode == "P"
         assert np.array_equal(np.asarray(label), np.where(ids == toycity.MARKING, 7, ids))
         colors = np.asarray(label.convert("RGB"))
-        assert (colors[np.asarray(label) == 7] == (128, 64, 128)).all()         # who reads colours sees Cityscapes' own
+        assert (colors[np.asarray(label) == 7] == (128, 64, 128)).all()         # the colours are Cityscapes' own
         assert (colors[np.asarray(label) == 23] == (70, 130, 180)).all()
 
 
@@ -83,10 +83,10 @@ def test_synthia_labels_are_16_bit_and_agree_with_the_palette_labels(city):
         gta5 = np.asarray(Image.open(city / f"gta5/labels/{index + 1:05d}.png"))
         assert pixels.dtype == np.uint16 and pixels.shape == (3, 48, 96)
         expected = np.where(np.isin(gta5, list(SYNTHIA_TO_CITYSCAPES.values())), gta5, 0)
-        found = np.vectorize(lambda id: SYNTHIA_TO_CITYSCAPES.get(id, 0))(pixels[0])
+        mapped = np.vectorize(lambda id: SYNTHIA_TO_CITYSCAPES.get(id, 0))(pixels[0])
         marked = pixels[0] == 22
-        assert np.array_equal(found[~marked], expected[~marked])
-        assert marked.any() and (expected[marked] == 7).all()                   # lane marking lies on the road
+        assert np.array_equal(mapped[~marked], expected[~marked])
+        assert marked.any() and (expected[marked] == 7).all()                   # lane markings lie on the road
         assert (pixels[1][np.isin(gta5, (7, 8, 11, 21, 23))] == 0).all()
         instances = max(instances, pixels[1].max())
         assert (city / f"synthia/RGB/{index:07d}.png").read_bytes() == (
@@ -116,7 +116,7 @@ def test_the_domains_differ_in_photometry_and_structure():
         saturation[domain] = np.mean([np.ptp(image.astype(int), axis=-1) for image, _, _ in pictures])
         road[domain] = np.mean([np.isin(ids, (7, toycity.MARKING)) for _, ids, _ in pictures])
     assert saturation["game"] > 1.5 * saturation["camera"]
-    assert road["game"] > road["camera"] + 0.05                                 # seen from higher up, and wider
+    assert road["game"] > road["camera"] + 0.05                                 # a higher camera and a wider road
 
 
 def test_ensure_renders_once_and_completes_an_interrupted_rendering(tmp_path, monkeypatch):
@@ -138,10 +138,10 @@ def test_ensure_renders_once_and_completes_an_interrupted_rendering(tmp_path, mo
     toycity.ensure(tmp_path, **arguments)
     assert json.loads((tmp_path / "toycity.json").read_text())["size"] == "64x32"
     toycity.render(tmp_path / "other", **arguments)
-    whole = contents(tmp_path / "other")
-    assert {name: data for name, data in contents(tmp_path).items() if not name.startswith("other")} == whole
+    expected = contents(tmp_path / "other")
+    assert {name: data for name, data in contents(tmp_path).items() if not name.startswith("other")} == expected
 
-    monkeypatch.setattr(toycity, "draw", None)              # any further rendering would fail
+    monkeypatch.setattr(toycity, "draw", None)              # further rendering would fail
     toycity.ensure(tmp_path)
 
 
@@ -152,7 +152,7 @@ def test_ensure_refuses_another_city(tmp_path, marker):
         toycity.ensure(tmp_path)
 
 
-def test_render_refuses_what_cannot_be(tmp_path, capsys):
+def test_render_refuses_invalid_values(tmp_path, capsys):
     for flags in (["--train", "0"], ["--size", "8x8"], ["--seed", "-1"]):
         with pytest.raises(SystemExit) as stop:
             toycity.main([str(tmp_path / "new"), *flags])
@@ -170,7 +170,7 @@ def refused(main, *argv) -> None:
 
 @pytest.fixture
 def real(tmp_path):
-    """GTA5 with the file names that a toy city has too, and Cityscapes."""
+    """GTA5 and Cityscapes, with the file names of a toy city."""
     for name in ("gta5/images/00001.png", "gta5/labels/00001.png", "synthia/RGB/0000000.png",
                  "cityscapes/leftImg8bit/train/altstadt/altstadt_000000_000019_leftImg8bit.png"):
         (tmp_path / "real" / name).parent.mkdir(parents=True)
@@ -179,7 +179,7 @@ def real(tmp_path):
     assert set(contents(tmp_path / "real").values()) == {b"precious"} and len(contents(tmp_path / "real")) == 4
 
 
-def test_a_folder_of_someone_else_is_refused_whatever_its_files_are_called(real, tmp_path, capsys):
+def test_a_folder_with_other_files_is_refused_even_if_it_has_the_names_of_a_toy_city(real, tmp_path, capsys):
     refused(fada.main, "--toy", "--data", real, "--runs", tmp_path / "runs")
     refused(toycity.main, real, "--train", 1, "--val", 1, "--size", "64x32")
     assert capsys.readouterr().err.count("is not empty and has no toycity.json") == 2
@@ -187,7 +187,7 @@ def test_a_folder_of_someone_else_is_refused_whatever_its_files_are_called(real,
 
 @pytest.mark.parametrize("marked", [False, True])
 def test_a_toy_city_is_not_written_through_links(real, tmp_path, marked, capsys):
-    """Into folders that lead to real data; with a marker too, as of a city in which a folder was exchanged."""
+    """Not into folders that link to real data, even if a marker says that this is a toy city."""
     root = tmp_path / "data"
     root.mkdir()
     if marked:
@@ -202,7 +202,7 @@ def test_a_toy_city_is_not_written_through_links(real, tmp_path, marked, capsys)
         refused(fada.main, "--toy", "--data", root, "--runs", tmp_path / "runs")
 
 
-def test_a_files_other_name_keeps_its_content(real, tmp_path):
+def test_a_hard_linked_file_keeps_its_content(real, tmp_path):
     """A hard link in a city is replaced, not written through; a file that the city lacks is refused."""
     root = tmp_path / "data"
     toycity.render(root, train=1, val=1, size=SMALL)
@@ -216,7 +216,7 @@ def test_a_files_other_name_keeps_its_content(real, tmp_path):
         toycity.render(root, train=1, val=1, size=SMALL)
 
 
-def test_rendering_shows_how_far_it_is(tmp_path, monkeypatch, capsys):
+def test_rendering_prints_its_progress(tmp_path, monkeypatch, capsys):
     clock = itertools.count(step=20)
     monkeypatch.setattr(files, "time", SimpleNamespace(monotonic=lambda: next(clock)))
     toycity.render(tmp_path / "city", train=2, val=1, size=SMALL)

@@ -68,9 +68,9 @@ def test_contact_sheet_size_and_pixels(tmp_path):
     assert np.array_equal(sheet[top:top + 32, left], small.repeat(8, 0).repeat(8, 1))
     assert np.array_equal(sheet[top:top + 32, right], other.repeat(8, 0).repeat(8, 1))
     assert np.array_equal(sheet[bottom:bottom + 32, left], other.repeat(8, 0).repeat(8, 1))
-    assert count(sheet[bottom:bottom + 60, right], (0, 0, 255)) == 60 * 30    # ten times as large, and not 10.67
+    assert count(sheet[bottom:bottom + 60, right], (0, 0, 255)) == 60 * 30    # ten times as large, not 10.67
     ink = (sheet[:head] < 200).any(axis=(0, 2))
-    assert ink[left].any() and ink[right].any()                         # both titles, and neither beside its column
+    assert ink[left].any() and ink[right].any()                         # both titles, each inside its column
     assert not ink[:GAP].any() and not ink[GAP + 64:2 * GAP + 64].any() and not ink[-GAP:].any()
 
 
@@ -82,13 +82,13 @@ def test_a_sheet_has_a_legend_and_an_empty_label_says_so(tmp_path):
     without, sheet = read(tmp_path / "without.png"), read(tmp_path / "with.png")
     assert np.array_equal(sheet[:len(without)], without) and len(sheet) > len(without)
     legend = sheet[len(without):]
-    swatches = [np.argwhere((legend == color).all(axis=-1)) for color in CLASSES.colors[:2]]      # the third is grey, as text
+    swatches = [np.argwhere((legend == color).all(axis=-1)) for color in CLASSES.colors[:2]]      # the third is grey, like text
     assert all(len(swatch) == 15 * 15 for swatch in swatches)
     assert sorted(swatch[0].tolist() for swatch in swatches) == [swatch[0].tolist() for swatch in swatches]
     for swatch in swatches:                                             # a name beside each
         assert (legend[swatch[0, 0]:swatch[-1, 0], swatch[-1, 1] + 3:swatch[-1, 1] + 40] < 100).any()
     panels = without[30:30 + 96, GAP:GAP + 192], without[30:30 + 96, 2 * GAP + 200:2 * GAP + 392]
-    assert (panels[0] == CLASSES.colors[1]).all()                       # twelve times as large
+    assert (panels[0] == CLASSES.colors[1]).all()                       # enlarged twelve times
     ink = (panels[1] > 200).all(axis=-1)
     assert 10 < ink.sum() < 400 and not ink[:30].any() and not ink[:, :60].any() and not ink[:, -60:].any()
 
@@ -101,7 +101,7 @@ def test_contact_sheet_refuses_ragged_rows(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_rows_of_predictions_are_of_images_from_all_over_and_keep_the_models_modes(tmp_path):
+def test_rows_of_predictions_are_spread_over_the_set_and_keep_the_models_modes(tmp_path):
     """A model that predicts class 1 where red is above its mean, on images whose left part is red."""
     class Red(nn.Module):
         def __init__(self):
@@ -167,7 +167,7 @@ def test_charts_and_differences_of_two_runs(tmp_path, capsys):
     assert read(tmp_path / "one.png").shape != read(out).shape or not np.array_equal(read(tmp_path / "one.png"), read(out))
 
 
-def test_charts_of_what_is_missing_are_refused(tmp_path, capsys, monkeypatch):
+def test_charts_without_logs_results_or_matplotlib_are_refused(tmp_path, capsys, monkeypatch):
     run, other = log(tmp_path / "run", {"stage": "one", "iteration": 1, "rate": 0.1, "seg": 1.0}), tmp_path / "other"
     other.mkdir()
     for argv, words in (([other], "other has no log.jsonl: give the folder of a run"),
@@ -181,7 +181,7 @@ def test_charts_of_what_is_missing_are_refused(tmp_path, capsys, monkeypatch):
     assert stop.value.code == 2 and "matplotlib is not installed" in capsys.readouterr().err
 
 
-def test_files_are_replaced_whole(tmp_path, monkeypatch):
+def test_files_are_replaced_atomically(tmp_path, monkeypatch):
     path, picture = tmp_path / "c.png", np.zeros((2, 2, 3), dtype=np.uint8)
     contact_sheet(path, [[picture]], ["first"])
     assert list(tmp_path.iterdir()) == [path]

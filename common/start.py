@@ -56,7 +56,7 @@ def check_export(path: Path, own: Path) -> None:
         raise UserError(f"--export {path} is the name of the JSON file beside the weights: choose another suffix")
     for folder in path.resolve().parents:
         if folder == own.resolve() or ((folder / "config.json").exists() and (folder / "log.jsonl").exists()):
-            raise UserError(f"--export {path} lies in the run folder {folder}, whose files the run needs: write it elsewhere")
+            raise UserError(f"--export {path} lies in the run folder {folder}, whose files it needs: choose another folder")
     try:
         content = load(path) if path.exists() else None
     except UserError:                                            # not a torch file, so not a checkpoint
@@ -100,7 +100,7 @@ def _way_on(run, changed: list[str], lengths: dict) -> str:
         same = next((k for k, stage in enumerate(run.stages) if lengths.get(stage) != run.lengths[stage]), 0)
         before = run.folder / f"{run.stages[same - 1]}.pt"
         if same and before.exists():
-            return f"to train {run.stages[same]!r} anew for that long, add another --tag and --from {before}"
+            return f"to train {run.stages[same]!r} for that long, add another --tag and --from {before}"
     return "give this one another --tag, or delete the folder"
 
 

@@ -546,7 +546,7 @@ def _roadside(scene: Scene, side: int, edge: float, crossing: Range) -> None:
 
 
 def _street(scene: Scene) -> None:
-    """Paint the ground, the skyline, both roadsides, and then what stands or drives in the street, far to near."""
+    """Paint the ground, the skyline, both roadsides, then the objects in the street, from far to near."""
     rng, style, far = scene.rng, scene.style, 400
     half, offset = rng.uniform(*style.road), rng.uniform(0.3, 0.6)
     curbs = {-1: half * (1 + offset), 1: half * (1 - offset)}       # the own car drives on the right

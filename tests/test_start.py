@@ -129,7 +129,7 @@ def test_a_longer_stage_of_an_existing_run(copy, city, capsys):
     argv = ["--data", city, "--runs", copy.parent, *SMALL]
     error = refused(capsys, fada.main, *argv, "--adversarial-iterations", 3)
     before = copy / "source.pt"
-    assert f"to train 'adversarial' anew for that long, add another --tag and --from {before}" in error
+    assert f"to train 'adversarial' for that long, add another --tag and --from {before}" in error
     train(city, copy.parent, "--adversarial-iterations", 3, "--tag", "longer", "--from", before)
     assert "adversarial 3/3" in capsys.readouterr().out
     for more in (["--source-iterations", 3], ["--adversarial-iterations", 3, "--lr", "1e-3"]):

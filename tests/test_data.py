@@ -113,7 +113,7 @@ def test_undefined_ids_are_named(tmp_path, dataset, ids, named):
     pixels = np.array([ids], np.uint16 if dataset == "synthia" else np.uint8)
     path = write_png(tmp_path / "x.png", np.stack([pixels] * 3, -1) if dataset == "synthia" else pixels,
                      2 if dataset == "synthia" else 0)
-    with pytest.raises(UserError, match=rf"x.png has ids that {dataset} does not define: {named}; put"):
+    with pytest.raises(UserError, match=rf"x.png has ids that {dataset} does not define: {named}; replace"):
         read_label(path, dataset, SYN)
 
 
@@ -330,7 +330,7 @@ def test_train_ids_are_read_by_classes_that_say_so(tmp_path):
         assert read_label(path, dataset, nineteen)[0].tolist() == [*range(19), 255]
         assert read_label(path, dataset, sixteen)[0].tolist() == [*range(9), 255, 9, 10, 11, 12, 255, 13, 255, 14, 15, 255]
     write_png(path, np.array([[0, 19, 33]], np.uint8), 0)
-    with pytest.raises(UserError, match="x.png has ids that gta5 does not define: 19, 33; train ids go to 18: leave"):
+    with pytest.raises(UserError, match="x.png has ids that gta5 does not define: 19, 33; train ids go up to 18: omit"):
         read_label(path, "gta5", nineteen)
 
 

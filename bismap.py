@@ -11,7 +11,7 @@ features weigh less in training (the source transferability map, STM).
     Eq. (6)             map_pseudo_labels                   Table 3: anchor_pseudo_labels (CAs), ias_thresholds (IAS)
     Sec. 3.4, Eq. (7)   kmeans, target_distance             target prototypes A_j, and D(x), the distance to them
     Eqs. (8), (9)       normalised_entropy (e'), transferability_map (w)
-    Eqs. (2), (10)      reweighted_cross_entropy            Eq. (2): with w = 1, on images aligned by c2f.photometric_align
+    Eqs. (2), (10)      reweighted_cross_entropy            Eq. (2): with w = 1, on images aligned by c2f.photometric_fit
     Eqs. (11), (12)     symmetric_cross_entropy, consistency_loss
     Eq. (13)            self_train                          stage selftrain; "as ProDA [40]": distill
 
@@ -73,14 +73,11 @@ import torch.nn.functional as F
 from scipy.cluster.vq import kmeans2
 from torch import Tensor, nn
 from torch.utils.data import Dataset
-from torchvision import models
-from torchvision.models.feature_extraction import create_feature_extractor
-from torchvision.transforms import v2
 
-from c2f import photometric_align
+from c2f import photometric_fit
 from common import data
 from common.cli import Size, command, option, parse
-from common.data import IGNORE, Augment, SegmentationDataset, derive_seed, fixed_version, read_resized, save_label
+from common.data import IGNORE, Augment, SegmentationDataset, derive_seed, fixed_version, save_label
 from common.deeplab import at_least_float32, resize_label, resnet_features, upsample
 from common.distributed import broadcast_buffers, gather_objects, labelled_mean, parallel, sum_over_processes
 from common.files import UserError
@@ -364,16 +361,10 @@ def update_teacher(teacher: nn.Module, model: nn.Module, ema: float) -> None:
         old.copy_(torch.lerp(old, new, 1 - ema) if old.is_floating_point() else new)
 
 
-RAND_AUGMENT = (                                       # on uint8 images, by m in [-1, 1]
-    lambda x, m: v2.functional.autocontrast(x),
-    lambda x, m: v2.functional.equalize(x),
-    lambda x, m: v2.functional.posterize(x, 8 - round(4 * abs(m))),
-    lambda x, m: v2.functional.solarize(x, 255 * (1 - abs(m))),
-    lambda x, m: v2.functional.adjust_saturation(x, 1 + m),
-    lambda x, m: v2.functional.adjust_contrast(x, 1 + m),
-    lambda x, m: v2.functional.adjust_brightness(x, 1 + m),
-    lambda x, m: v2.functional.adjust_sharpness(x, 1 + m),
-)
+RAND_AUGMENT = (                                       # torchvision's, on uint8 images, and their argument for m in [-1, 1]
+    ("autocontrast", None), ("equalize", None), ("posterize", lambda m: 8 - round(4 * abs(m))),
+    ("solarize", lambda m: 255 * (1 - abs(m))), ("adjust_saturation", lambda m: 1 + m), ("adjust_contrast", lambda m: 1 + m),
+    ("adjust_brightness", lambda m: 1 + m), ("adjust_sharpness", lambda m: 1 + m))
 
 
 def phi(images: Tensor, seeds: list[int], operations: int = 2, strength: float = 0.5,
@@ -381,6 +372,7 @@ def phi(images: Tensor, seeds: list[int], operations: int = 2, strength: float =
     """RandAugment's operations on colours, then CutOut, each image as a function of its seed.
     Args: images (N, 3, H, W), normalised; cutout, side of the square as a share of the shorter side.
     Returns: images of the same kind, and (N, H, W) bool, false where CutOut removed a pixel."""
+    from torchvision.transforms.v2 import functional  # takes seconds, which --help does not need
     mean, std = (images.new_tensor(values)[:, None, None] for values in (data.IMAGENET_MEAN, data.IMAGENET_STD))
     augmented, kept = torch.empty_like(images), torch.ones_like(images[:, 0], dtype=torch.bool)
     side = round(cutout * min(images.shape[-2:]))
@@ -388,21 +380,23 @@ def phi(images: Tensor, seeds: list[int], operations: int = 2, strength: float =
         generator = torch.Generator().manual_seed(seed)
         x = ((images[n] * std + mean).clamp(0, 1) * 255).round().byte()
         for k in torch.randint(len(RAND_AUGMENT), (operations,), generator=generator).tolist():
-            x = RAND_AUGMENT[k](x, strength * (2 * torch.rand((), generator=generator).item() - 1))
+            (name, argument), m = RAND_AUGMENT[k], strength * (2 * torch.rand((), generator=generator).item() - 1)
+            x = getattr(functional, name)(x, *([argument(m)] if argument else []))
         top, left = (int(torch.randint(1 - side, length, (), generator=generator)) for length in images.shape[-2:])
         kept[n, max(0, top): top + side, max(0, left): left + side] = False
         augmented[n] = torch.where(kept[n], (x / 255 - mean) / std, 0.0)                      # 0: the mean colour
     return augmented, kept
 
 
-def align(references: list[Path], size: Size | None, seed: int, image: Tensor, _: int, name: str) -> Tensor:
-    """What the loader's workers do to a source image (3, H, W) in [0, 1]: align it to a target image, chosen by its name."""
-    chosen = references[derive_seed(seed, "alignment", name) % len(references)]
-    return photometric_align(image, read_resized(chosen, size))
+def align(references: list[Path], size: Size | None, seed: int, image: Tensor, _: int, name: str) -> tuple[Tensor, Callable]:
+    """What the loader's workers do to a source image (3, H, W) uint8: align its crop to a target image, chosen by its name."""
+    return image, photometric_fit(image, references[derive_seed(seed, "alignment", name) % len(references)], size)
 
 
 def torchvision_layer(run: Run, cfg: Config) -> nn.Module:
     """A layer of a classification network: (1, 3, H, W) -> {"feat": (1, D, h, w)}. Raises: UserError if it is unavailable."""
+    from torchvision import models  # takes seconds, which --help does not need
+    from torchvision.models.feature_extraction import create_feature_extractor
     try:
         net = models.get_model(cfg.stm_backbone, weights=None if cfg.stm_weights else "IMAGENET1K_V1")
         layer = run.place(create_feature_extractor(net, {cfg.stm_layer: "feat"}).eval().requires_grad_(False))

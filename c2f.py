@@ -33,30 +33,25 @@ of the model of the step before, also on its augmented images. There is no publi
 Departures:
  1. L_seg, Eqs. (4), (5): sums over pixels are means over the labelled pixels, of each domain on its own.
  2. Eqs. (1), (2): "sum_L L p(L^gamma)" is the mean of L^gamma over the source image; Sec. 4.1's "beta in (5)" is Eq. (2)'s.
- 3. Eq. (2) is not convex for every histogram: gamma is searched on a grid over [0.05, 6] and then refined; both means come
-    from histograms of 1,024 levels.
+ 3. Eq. (2) is not convex for every histogram: gamma is searched on a grid over [0.05, 6], then refined, on 1,024 levels.
  4. Eq. (4): "other category centers" is the nearest other one (`--negatives nearest`) or the sum over all (`all`).
  5. Eqs. (3), (4): a category without a source pixel has no centre: it is no negative, and its pixels are not in the loss.
  6. Eq. (3): the features are of one aligned version of each source image; ground truth comes to their grid by nearest pixel.
- 7. Sec. 3.1: P_s,c and t_c are lower edges of 250 bins of confidence, and P_h counts as the next edge above it. A category
-    that is never predicted gets P_h.
+ 7. Sec. 3.1: P_s,c and t_c are lower edges of 250 bins of confidence, P_h the next edge above; P_h if never predicted.
  8. Sec. 3.1: valid is ">= t_c", as Eq. (5) prints; the text says "higher than".
- 9. Sec. 3.1: pseudo labels are made once per step, at `target_size`, on the clean images; L_seg takes them on the clean image,
-    L_consist on the jittered one, and both weigh 1.
+ 9. Sec. 3.1: pseudo labels are made once per step, at `target_size`, on clean images; L_seg sees those, L_consist tau of them.
 10. Sec. 4.1: p = 10 "as in [14]" stays 10, although [14]'s published code keeps 50 % of each category.
-11. Sec. 4.1: tau's strength (`jitter`), image sizes and the crop are not given; resize and crop are CAG's, whose settings the
-    paper follows. So is batch norm: that of pretrained encoders is frozen in step 0, all of it afterwards.
-12. Sec. 4.1: each step has its own optimizer and rate horizon, and there is no dropout. Step 0's length is not printed: 140k
-    in all and K = 6 steps of U = 20k leave 20k.
+11. Sec. 4.1: tau's strength and the image sizes are not given; resize, crop and batch norm are CAG's, whom the paper follows.
+12. Sec. 4.1: each step has its own optimizer and rate horizon; no dropout. Step 0 gets what K U = 120k leave of 140k.
 13. Sec. 3.2: matching has no smallest difference: a grey image's a and b differ by rounding, yet take the reference's colours.
-14. Table 4: gamma on all three channels has a and b scaled from [-128, 128] to [0, 1]; frequency alignment [33] swaps the
-    amplitudes of the lowest frequencies, up to `window` of the shorter side on each side of zero, on RGB.
+14. Table 4: gamma on all scales a and b from [-128, 128] to [0, 1]; frequencies [33] are swapped on RGB, `window` each way.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import lru_cache, partial
 from math import isnan
 from pathlib import Path
 
@@ -65,20 +60,10 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import Subset
-from torchvision.transforms import v2
 
+from common import data
 from common.cli import Size, command, option, parse
-from common.data import (
-    IGNORE,
-    IMAGENET_MEAN,
-    IMAGENET_STD,
-    Augment,
-    SegmentationDataset,
-    derive_seed,
-    fixed_version,
-    read_resized,
-    save_label,
-)
+from common.data import IGNORE, Augment, SegmentationDataset, derive_seed, fixed_version, read_resized, save_label
 from common.deeplab import at_least_float32, resize_label, upsample
 from common.distributed import labelled_mean, parallel, sum_over_processes
 from common.files import write_atomically
@@ -132,26 +117,29 @@ RGB_TO_XYZ = ((0.412453, 0.357580, 0.180423), (0.212671, 0.715160, 0.072169), (0
 WHITE = (0.95047, 1.0, 1.08883)                        # sRGB's D65; both as in scikit-image
 
 
-def rgb_to_lab(rgb: Tensor) -> Tensor:
+TO_LINEAR, TO_SRGB, LAB_CURVE = (                      # of values in [0, 1]; the loader evaluates them `by_table`
+    lambda v: torch.where(v > 0.04045, ((v + 0.055) / 1.055).pow(2.4), v / 12.92),
+    lambda v: torch.where(v > 0.0031308, 1.055 * v.clamp(min=0.0031308).pow(1 / 2.4) - 0.055, 12.92 * v),
+    lambda v: torch.where(v > 0.008856, v.clamp(min=0.008856).pow(1 / 3), 7.787 * v + 16 / 116))
+
+
+def rgb_to_lab(rgb: Tensor, evaluate: Callable = lambda curve, x: curve(x)) -> Tensor:
     """sRGB (..., 3, H, W) float in [0, 1] to CIE Lab (..., 3, H, W): L in 0..100, a and b within -128..128."""
-    linear = torch.where(rgb > 0.04045, ((rgb + 0.055) / 1.055).pow(2.4), rgb / 12.92)
     to_xyz = rgb.new_tensor(RGB_TO_XYZ) / rgb.new_tensor(WHITE)[:, None]
-    xyz = (to_xyz @ linear.flatten(-2)).unflatten(-1, rgb.shape[-2:])
-    f = torch.where(xyz > 0.008856, xyz.clamp(min=0.008856).pow(1 / 3), 7.787 * xyz + 16 / 116)
-    x, y, z = f.unbind(dim=-3)
+    xyz = (to_xyz @ evaluate(TO_LINEAR, rgb).flatten(-2)).unflatten(-1, rgb.shape[-2:])
+    x, y, z = evaluate(LAB_CURVE, xyz).unbind(dim=-3)
     return torch.stack([116 * y - 16, 500 * (x - y), 200 * (y - z)], dim=-3)
 
 
-def lab_to_rgb(lab: Tensor) -> Tensor:
+def lab_to_rgb(lab: Tensor, evaluate: Callable = lambda curve, x: curve(x)) -> Tensor:
     """CIE Lab (..., 3, H, W) float, L in 0..100, to sRGB (..., 3, H, W) in [0, 1], colours outside its range cut off."""
     L, a, b = lab.unbind(dim=-3)
     y = (L + 16) / 116
     f = torch.stack([y + a / 500, y, (y - b / 200).clamp(min=0)], dim=-3)
-    xyz = torch.where(f > 0.2068966, f.pow(3), (f - 16 / 116) / 7.787)
+    xyz = f.clamp(min=0.2068966).pow(3) + (f.clamp(max=0.2068966) - 0.2068966) / 7.787        # a cube, and a line below it
     from_xyz = torch.linalg.inv(lab.new_tensor(RGB_TO_XYZ).double()).to(lab) * lab.new_tensor(WHITE)
     linear = (from_xyz @ xyz.flatten(-2)).unflatten(-1, lab.shape[-2:])
-    rgb = torch.where(linear > 0.0031308, 1.055 * linear.clamp(min=0.0031308).pow(1 / 2.4) - 0.055, 12.92 * linear)
-    return rgb.clamp(0, 1)
+    return evaluate(TO_SRGB, linear).clamp(0, 1)
 
 
 def match_histogram(source: Tensor, reference: Tensor, count: Tensor | None = None,
@@ -228,40 +216,58 @@ def distinct_colors(image: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return colors[:, None], index, count[None]
 
 
-def photometric_align(source: Tensor, reference: Tensor, beta: float = 0.01) -> Tensor:
-    """Global photometric alignment: m' from (f_gamma(L_m), f_match(a_m), f_match(b_m)), Sec. 3.2.
+def align_lab(own: list, other: list, beta: float = 0.01, kind: str = "gpa") -> Tensor:
+    """New values of L, a and b. Sec. 3.2: (f_gamma(L_m), f_match(a_m), f_match(b_m)); Table 4: all by "gamma" or "histogram".
 
-    Args: source (3, H, W), reference (3, H', W') RGB in [0, 1], of any size; beta, weight in Eq. (2).
-    Returns: (3, H, W) in [0, 1], matched exactly, at the cost of the images' distinct colours. Call it outside autocast.
+    Args: own, other: for each channel its values and how often each occurs, of any one shape.  Returns: (3, ...), as own's.
+    """
+    changed = []
+    for (x, n), (x_n, n_n), low, span in zip(own, other, (0, -128, -128), (100, 256, 256), strict=True):
+        if kind == "gamma" or (kind == "gpa" and not changed):
+            gamma = solve_gamma((x - low) / span, (x_n - low) / span, beta, n, n_n)
+            changed.append(low + span * ((x - low) / span).clamp(0, 1) ** gamma)              # f_gamma
+        else:
+            changed.append(match_histogram(x, x_n, n, n_n))                                   # f_match
+    return torch.stack(changed)
+
+
+def photometric_align(source: Tensor, reference: Tensor, beta: float = 0.01, kind: str = "gpa") -> Tensor:
+    """Global photometric alignment, Sec. 3.2, exact, at the cost of the images' distinct colours. Call it outside autocast.
+
+    Args: source (3, H, W), reference (3, H', W') RGB in [0, 1]; beta, of Eq. (2); kind, of `align_lab`.  Returns: as source.
     """
     (colors, index, n), (colors_n, _, n_n) = distinct_colors(source), distinct_colors(reference)
-    (L, a, b), (L_n, a_n, b_n) = rgb_to_lab(colors), rgb_to_lab(colors_n)                     # (1, U) and (1, V) each
-    L = 100 * (L / 100).clamp(0, 1) ** solve_gamma(L / 100, L_n / 100, beta, n, n_n)          # f_gamma
-    a, b = match_histogram(a, a_n, n, n_n), match_histogram(b, b_n, n, n_n)                   # f_match
-    return lab_to_rgb(torch.stack([L, a, b]))[:, 0, index]                                    # (3, H, W)
+    own, other = ([(x, count) for x in rgb_to_lab(c)] for c, count in ((colors, n), (colors_n, n_n)))
+    return lab_to_rgb(align_lab(own, other, beta, kind))[:, 0, index]                         # (3, H, W)
 
 
-def align_by_gamma(source: Tensor, reference: Tensor, beta: float = 0.01) -> Tensor:
-    """Table 4's gamma correction on all three Lab channels; arguments as `photometric_align`."""
-    (colors, index, n), (colors_n, _, n_n) = distinct_colors(source), distinct_colors(reference)
-    scale, shift = source.new_tensor([100, 256, 256])[:, None, None], source.new_tensor([0, 0.5, 0.5])[:, None, None]
-    x, x_n = ((rgb_to_lab(c) / scale + shift).clamp(0, 1) for c in (colors, colors_n))        # (3, 1, U), in [0, 1]
-    x = torch.stack([own ** solve_gamma(own, other, beta, n, n_n) for own, other in zip(x, x_n)])
-    return lab_to_rgb((x - shift) * scale)[:, 0, index]
+def photometric_fit(source: Tensor, reference: Path, size: Size | None, beta: float = 0.01, kind: str = "gpa") -> Callable:
+    """`photometric_align` of a crop as a part of its image, for the loader: 99 % of the result are exact to 1/255.
+
+    Args: source (3, H, W) uint8; reference, an image file, read at this size; beta, kind as for `photometric_align`.
+    Returns: a function of a crop, (3, h, w) float32 in [0, 1].
+    """
+    from common.pixels import by_table, histograms, in_strips, look_up, sample  # only the loader needs it
+    x, n = histograms(rgb_to_lab(sample(source) / 255, by_table), 4096)
+    values = align_lab(list(zip(x, n)), reference_histograms(reference, size), beta, kind)    # (3, 4096)
+
+    def align(crop: Tensor) -> Tensor:
+        lab = zip(rgb_to_lab(crop, by_table), values, x[:, 0].tolist(), x[:, -1].tolist())
+        return lab_to_rgb(torch.stack([look_up(new, own, low, high) for own, new, low, high in lab]), by_table)
+    return partial(in_strips, align)
 
 
-def align_by_histogram(source: Tensor, reference: Tensor) -> Tensor:
-    """Table 4's histogram matching on all three Lab channels; arguments as `photometric_align`."""
-    (colors, index, n), (colors_n, _, n_n) = distinct_colors(source), distinct_colors(reference)
-    channels = zip(rgb_to_lab(colors), rgb_to_lab(colors_n))
-    return lab_to_rgb(torch.stack([match_histogram(x, x_n, n, n_n) for x, x_n in channels]))[:, 0, index]
+@lru_cache(maxsize=4096)
+def reference_histograms(path: Path, size: Size | None) -> list[tuple[Tensor, Tensor]]:
+    """For L, a, b of an image file the values that occur and how often: kept, in 20 KB, as a reference serves many times."""
+    from common.pixels import by_table, histograms, sample  # only the loader needs it
+    lab = rgb_to_lab(sample(data.resize(data.read_image(path), size)) / 255, by_table)
+    return [(x[n > 0], n[n > 0]) for x, n in zip(*histograms(lab, 1024))]
 
 
 def align_by_frequency(source: Tensor, reference: Tensor, window: float = 0.01) -> Tensor:
-    """Table 4's frequency alignment [33]: the source's phase with the reference's amplitude at the lowest frequencies.
-
-    Arguments as `photometric_align`; window: half width of the window, as a share of the shorter side.
-    """
+    """Table 4's frequency alignment [33]: the source's phase with the reference's amplitude at the lowest frequencies, up to
+    `window` of the shorter side; arguments as `photometric_align`."""
     reference = F.interpolate(reference[None], source.shape[-2:], mode="bilinear", antialias=True)[0]
     spectrum, other = torch.fft.fft2(source), torch.fft.fft2(reference)
     half = int(window * min(source.shape[-2:]))
@@ -318,8 +324,7 @@ def triplet_loss(feat: Tensor, label: Tensor, centers: Tensor, margin: float = 0
 
     Args:
         feat: (N, D, h, w) float; label: (N, h, w) int64 on the feature's grid, 255 ignored.
-        centers: (C, D), fixed; a row of NaN is a category without centre.
-        margin: alpha.  negatives: "nearest" other centre, or "all" others, summed.
+        centers: (C, D), fixed, NaN without centre.  margin: alpha.  negatives: "nearest" other centre, or "all", summed.
     Returns: 0-d, mean over the labelled pixels whose category has a centre; exactly 0 if there are none.
     """
     if negatives not in ("nearest", "all"):
@@ -350,35 +355,30 @@ def consistency_loss(logits_augmented: Tensor, pseudo_label: Tensor) -> Tensor:
     return segmentation_loss(logits_augmented, pseudo_label)
 
 
-ALIGNMENTS = {"gpa": lambda m, n, cfg: photometric_align(m, n, cfg.beta),
-              "gamma": lambda m, n, cfg: align_by_gamma(m, n, cfg.beta),
-              "histogram": lambda m, n, cfg: align_by_histogram(m, n),
-              "frequency": lambda m, n, cfg: align_by_frequency(m, n, cfg.window)}
-
-
 @dataclass
 class Alignment:
-    """What the loader does to a source image (3, H, W) in [0, 1]: align it to a target image chosen by the item's seed."""
-
+    """What the loader does to a source image (3, H, W) uint8: align it to a target image chosen by the item's seed.
+    Returns: the image, and what is done to its crop. Frequencies are those of the whole image, which stays in 8 bits."""
     cfg: Config
     references: list[Path]
     size: Size | None                                  # of the references
 
-    def __call__(self, image: Tensor, seed: int, name: str) -> Tensor:
-        reference = read_resized(self.references[derive_seed(seed, "reference") % len(self.references)], self.size)
-        return ALIGNMENTS[self.cfg.alignment](image, reference, self.cfg)
+    def __call__(self, image: Tensor, seed: int, name: str) -> tuple[Tensor, Callable | None]:
+        reference, kind = self.references[derive_seed(seed, "reference") % len(self.references)], self.cfg.alignment
+        if kind != "frequency":
+            return image, photometric_fit(image, reference, self.size, self.cfg.beta, kind)
+        aligned = align_by_frequency(image / 255, read_resized(reference, self.size), self.cfg.window)
+        return (255 * aligned).round().byte(), None
 
 
 def tau(images: Tensor, strength: float, seeds: list[int]) -> Tensor:
     """Colour jitter of normalised images (N, 3, H, W), each a function of its seed."""
-    jitter = v2.ColorJitter(strength, strength, strength, hue=0.4 * strength)
-    mean, std = (images.new_tensor(values)[:, None, None] for values in (IMAGENET_MEAN, IMAGENET_STD))
-    jittered = torch.empty_like(images)
-    for n, (image, seed) in enumerate(zip(images, seeds, strict=True)):
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(seed)
-            jittered[n] = (jitter((image * std + mean).clamp(0, 1)) - mean) / std
-    return jittered
+    from common.pixels import jitter  # needs torchvision
+    mean, std = (images.new_tensor(values)[:, None, None] for values in (data.IMAGENET_MEAN, data.IMAGENET_STD))
+    jittered = (images * std + mean).clamp(0, 1)
+    for image, seed in zip(jittered, seeds, strict=True):
+        image.copy_(jitter(image, strength, torch.Generator().manual_seed(seed)))
+    return data.normalise(jittered)
 
 
 def first_valid_bin(thresholds: Tensor) -> Tensor:
@@ -533,13 +533,13 @@ def main(argv: list[str] | None = None) -> None:
 
 def draw_alignments(run: Run, cfg: Config, source: SegmentationDataset, target: SegmentationDataset) -> None:
     """A picture: source, reference, and the source by each alignment of Table 4."""
-    rows = []
+    rows, kinds = [], ("gpa", "gamma", "histogram")
     for k in range(4):
-        pair = [denormalise(data[k * len(data) // 4][0]) for data in (source, target)]        # (H, W, 3) uint8
+        pair = [denormalise(images[k * len(images) // 4][0]) for images in (source, target)]        # (H, W, 3) uint8
         m, n = (torch.from_numpy(image).permute(2, 0, 1) / 255 for image in pair)
-        aligned = [(align(m, n, cfg) * 255).round().byte().permute(1, 2, 0).numpy() for align in ALIGNMENTS.values()]
-        rows.append([*pair, *aligned])
-    run.draw("alignment.png", rows, ["source", "reference", *ALIGNMENTS], legend=False)
+        aligned = [*(photometric_align(m, n, cfg.beta, kind) for kind in kinds), align_by_frequency(m, n, cfg.window)]
+        rows.append([*pair, *((x * 255).round().byte().permute(1, 2, 0).numpy() for x in aligned)])
+    run.draw("alignment.png", rows, ["source", "reference", *kinds, "frequency"], legend=False)
 
 
 def report_labels(run: Run, step: str, centers: Tensor, thresholds: Tensor, histogram: Tensor) -> dict:

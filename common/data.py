@@ -20,12 +20,10 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
-from torchvision import tv_tensors
-from torchvision.io import ImageReadMode, decode_image
-from torchvision.transforms import v2
 
 from common.cli import Size
 from common.files import UserError, write_atomically
@@ -126,21 +124,31 @@ def _content(path: str | Path) -> Iterator[bytes]:
 def read_image(path: str | Path) -> Tensor:
     """Read a PNG or JPEG as uint8 (3,H,W) RGB. Raises UserError naming a missing, damaged or truncated file."""
     with _content(path) as content:
-        # A fifth (PNG) to a third (JPEG) faster than Pillow, and it refuses JPEGs that Pillow fills up with grey.
-        image = decode_image(torch.frombuffer(bytearray(content), dtype=torch.uint8), mode=ImageReadMode.RGB)
+        from common.pixels import decode  # torchvision takes seconds, which --help does not need
+        image = decode(content, "RGB")
     if image.dtype != torch.uint8:
         raise UserError(f"{path} is not an 8-bit image")
     return image
 
 
 def resize(image: Tensor, size: Size | None) -> Tensor:
-    """(..,H,W) at another size, antialiased; None keeps its own."""
-    return image if size is None else v2.functional.resize(image, [size.height, size.width], antialias=True)
+    """uint8 (3,H,W) at another size, antialiased; None keeps its own."""
+    if size in (None, image.shape[:0:-1]):
+        return image
+    # As decoders hand it over, colour by colour within a pixel, torch resizes it several times faster than as float32.
+    image = image.permute(1, 2, 0).contiguous()[None].permute(0, 3, 1, 2)
+    return F.interpolate(image, size[::-1], mode="bilinear", antialias=True)[0]
 
 
 def read_resized(path: Path, size: Size | None) -> Tensor:
     """An image file as float32 (3,H,W) in [0,1] at this size."""
-    return v2.functional.to_dtype(resize(read_image(path), size), torch.float32, scale=True)
+    return resize(read_image(path), size) / 255
+
+
+def normalise(image: Tensor) -> Tensor:
+    """(..,3,H,W) in [0,1] by ImageNet's mean and standard deviation."""
+    mean, std = (image.new_tensor(values)[:, None, None] for values in (IMAGENET_MEAN, IMAGENET_STD))
+    return (image - mean) / std
 
 
 def read_label(path: str | Path, dataset: str, classes: ClassList) -> Tensor:
@@ -203,8 +211,8 @@ def _read_synthia_ids(path: str | Path) -> np.ndarray:
         rows = zlib.decompress(b"".join(iter(lambda: file.load_read(2**20), b"")))
         if len(rows) != file.height * (1 + 6 * file.width) or max(rows[::1 + 6 * file.width]) > 4:
             raise ValueError("rows are missing, or their filters are not 0..4")        # torchvision's decoder would crash
-        pixels = decode_image(torch.frombuffer(bytearray(content), dtype=torch.uint8), mode=ImageReadMode.UNCHANGED)
-    return pixels[0].numpy()
+        from common.pixels import decode  # only images and these labels need torchvision
+        return decode(content, "UNCHANGED")[0].numpy()
 
 
 def save_label(path: str | Path, label: Tensor) -> None:
@@ -217,11 +225,10 @@ def save_label(path: str | Path, label: Tensor) -> None:
 
 @dataclass(frozen=True)
 class Augment:
-    """Random changes of a training item, made in the order scale, flip, crop, jitter.
+    """Random changes of a training item, made in the order scale, crop, flip, jitter.
 
-    scale: range of a uniform factor on the size. flip: left-right with probability 1/2. crop: a window of this size, padded
-    where the image is smaller (with the mean colour; label and maps with 255). jitter: strength of brightness, contrast and
-    saturation changes, 0.4 of it for hue."""
+    scale: range of a uniform factor on the size. crop: a window of this size, padded where the image is smaller (with the
+    mean colour; label and maps with 255). flip: left-right with probability 1/2. jitter: strength, see `pixels.jitter`."""
     flip: bool = False
     jitter: float = 0.0
     scale: tuple[float, float] = (1.0, 1.0)
@@ -244,27 +251,20 @@ class SegmentationDataset(Dataset):
         pairs: what `layouts.find_pairs` returned; dataset: whose labels they are; classes: whose indices the labels get.
         size: images are resized to it (antialiased), training labels and maps too (nearest); None: own size.
         maps: folders with one 8-bit one-channel PNG `<folder>/<name>.png` per image, of the size that images have here.
-        transform: called with (image float32 (3,H,W) in [0,1], seed, name) after the resize of a training item, before its
-            augmentation; returns an image of the same kind.
+        transform: called with (image uint8 (3,H,W), seed, name) after the resize of a training item to `size`; returns an
+            image of the same kind, and a function that is called with its crop, float32 (3,h,w) in [0,1], and returns the same.
     Raises: UserError naming the file, see `read_image` and `read_label`, for a missing map, and for a label whose proportions
         differ by more than 2 percent from its image's; of another size, a training label is resized (nearest).
     """
 
     def __init__(self, pairs: Sequence[Pair], dataset: str, classes: ClassList, size: Size | None,
                  augment: Augment = Augment(), maps: Sequence[str | Path] = (),  # noqa: B008 (frozen)
-                 transform: Callable[[Tensor, int, str], Tensor] | None = None):
+                 transform: Callable | None = None):
         self.pairs, self.dataset, self.classes, self.size = list(pairs), dataset, classes, size
         self.augment, self.maps, self.transform = augment, [Path(folder) for folder in maps], transform
         for folder, pair in itertools.product(self.maps, self.pairs):
             if not (folder / f"{pair.name}.png").is_file():
                 raise UserError(f"{folder / pair.name}.png is missing: every image needs a map in {folder}")
-        mean = list(IMAGENET_MEAN) if transform else [round(255 * value) for value in IMAGENET_MEAN]
-        moves: list[Callable] = [v2.RandomHorizontalFlip(0.5 if augment.flip else 0)]
-        if augment.crop is not None:
-            moves.append(v2.RandomCrop((augment.crop.height, augment.crop.width), pad_if_needed=True,
-                                       fill={tv_tensors.Image: mean, tv_tensors.Mask: IGNORE}))
-        self.move, jitter = v2.Compose(moves), augment.jitter
-        self.jitter = v2.ColorJitter(jitter, jitter, jitter, hue=0.4 * jitter) if jitter else v2.Identity()
 
     def with_maps(self, *folders: str | Path) -> SegmentationDataset:
         """The same data set with these folders of maps. Raises UserError for an image without its map."""
@@ -288,18 +288,17 @@ class SegmentationDataset(Dataset):
     def item(self, index: int, seed: int | None = None) -> tuple:
         pair = self.pairs[index]
         image = read_image(pair.image)
-        label = None if pair.label is None else self._read_label(pair, image.shape[1:])
-        if label is not None and seed is not None:
-            label = _nearest(label, image.shape[1:])
-        image = resize(image, self.size)                         # as uint8, which is several times faster
+        own = image.shape[1:]
+        label = None if pair.label is None else self._read_label(pair, own)
+        image = resize(image, self.size)
         shape = image.shape[1:]
         label = torch.full(shape, IGNORE, dtype=torch.uint8) if label is None else label
         maps = [read_map(folder / f"{pair.name}.png", shape) for folder in self.maps]
         if seed is None:
-            image = v2.functional.to_dtype(image, torch.float32, scale=True)
+            image = normalise(image / 255)
         else:
-            image, (label, *maps) = self._augment(image, torch.stack([_nearest(label, shape), *maps]), seed, pair.name)
-        image = v2.functional.normalize(image, IMAGENET_MEAN, IMAGENET_STD)
+            masks = torch.stack([_nearest(_nearest(label, own), shape), *maps])
+            image, (label, *maps) = self._augment(image, masks, seed, pair.name)
         return image, label.long(), pair.name, *(m.long() for m in maps)
 
     def _read_label(self, pair: Pair, shape: torch.Size) -> Tensor:
@@ -311,18 +310,29 @@ class SegmentationDataset(Dataset):
         return label
 
     def _augment(self, image: Tensor, masks: Tensor, seed: int, name: str) -> tuple[Tensor, Tensor]:
-        """image uint8 (3,H,W) -> float32 in [0,1], masks (M,H,W) moved with it."""
-        if self.transform:
-            image = self.transform(v2.functional.to_dtype(image, torch.float32, scale=True), seed, name)
-        with torch.random.fork_rng(devices=[]):                  # of the CPU, which torch.manual_seed would not seed alone
-            torch.default_generator.manual_seed(derive_seed(seed, "augment"))
-            if self.augment.scale != (1.0, 1.0):
-                factor = torch.empty(()).uniform_(*self.augment.scale).item()
-                shape = [max(1, round(factor * side)) for side in image.shape[1:]]
-                image, masks = v2.functional.resize(image, shape, antialias=True), _nearest(masks, shape)
-            image, masks = self.move(tv_tensors.Image(image), tv_tensors.Mask(masks))
-            image = self.jitter(v2.functional.to_dtype(image, torch.float32, scale=True))
-        return image.as_subclass(Tensor), masks.as_subclass(Tensor)
+        """image uint8 (3,H,W), masks uint8 (M,H,W) -> the item's image, normalised, and its masks, moved with it."""
+        generator = torch.Generator().manual_seed(derive_seed(seed, "augment"))
+        image, change = self.transform(image, seed, name) if self.transform else (image, None)
+        factor = torch.empty(()).uniform_(*self.augment.scale, generator=generator).item()
+        size = Size(*(max(1, round(factor * side)) for side in image.shape[:0:-1]))
+        (x, left_right), (y, top_bottom) = (_window(*sides, generator) for sides in zip(size, self.augment.crop or size))
+        image, masks = resize(image, size)[:, y, x].contiguous() / 255, _nearest(masks, size[::-1], y, x)
+        if self.augment.flip and torch.rand((), generator=generator) < 0.5:
+            image, masks = image.flip(-1), masks.flip(-1)
+        if change:
+            image = change(image)
+        if self.augment.jitter:
+            from common.pixels import jitter  # needs torchvision
+            image = jitter(image, self.augment.jitter, generator)
+        padding = left_right + top_bottom
+        return F.pad(normalise(image), padding), F.pad(masks, padding, value=IGNORE)
+
+
+def _window(length: int, crop: int, generator: torch.Generator) -> tuple[slice, tuple[int, int]]:
+    """A random crop of a side: which of its pixels it holds, and how many are missing before and after them."""
+    spare = length - crop
+    start = int(torch.randint(min(0, spare), max(0, spare) + 1, (), generator=generator))
+    return slice(max(0, start), start + crop), (max(0, -start), max(0, start - spare))
 
 
 def read_map(path: Path, shape: Sequence[int]) -> Tensor:
@@ -335,9 +345,14 @@ def read_map(path: Path, shape: Sequence[int]) -> Tensor:
     return values
 
 
-def _nearest(label: Tensor, shape: Sequence[int]) -> Tensor:
-    """Resize (..,H,W) to `shape` by the nearest pixel centre: plain NEAREST shifts labels against the image."""
-    return v2.functional.resize(label[None], list(shape), interpolation=v2.InterpolationMode.NEAREST_EXACT)[0]
+def _nearest(label: Tensor, shape: tuple, y: slice = slice(None), x: slice = slice(None)) -> Tensor:  # noqa: B008
+    """The window [y, x] of (..,H,W) resized to `shape` by the nearest pixel centre: plain NEAREST shifts labels against the
+    image."""
+    if label.shape[-2:] == shape:
+        return label[..., y, x]
+    rows, columns = (F.interpolate(torch.arange(old, dtype=torch.float)[None, None], new, mode="nearest-exact")[0, 0].int()
+                     for old, new in zip(label.shape[-2:], shape))
+    return label.index_select(-2, rows[y]).index_select(-1, columns[x])
 
 
 def derive_seed(*parts: object) -> int:

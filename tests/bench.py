@@ -30,7 +30,7 @@ import c2f
 import cag
 import fada
 import sim
-from common import data, layouts, metrics, toycity
+from common import data, metrics
 from common.cli import Size
 from common.deeplab import build_model, upsample
 from common.run import Run
@@ -397,25 +397,27 @@ def pillow_item(pair: data.Pair, ids: dict[int, int]) -> tuple[np.ndarray, np.nd
 
 
 def loading() -> None:
-    """Milliseconds of one image of each data set, from files in its format: reading, resizing, jitter, alignment."""
-    def seconds(pairs, domain, size, jitter, transform=None):
-        augment = data.Augment(jitter=jitter)
-        dataset = data.SegmentationDataset(pairs, domain, data.class_list(domain), size, augment, transform=transform)
-        return statistics.median(timed(lambda: dataset[0, 0]) for _ in range(5))
+    """Items that are resized and cropped, from files of GTA5's size: what is added to decoding, by jitter and by alignment."""
+    with tempfile.TemporaryDirectory() as folder:
+        pairs, classes = gta5_files(Path(folder), 4), data.class_list("gta5")
+        for name, scale, crop in (("CAG and C2F", (1.0, 1.5), Size(1280, 640)), ("BiSMAP", (0.5, 1.5), Size(896, 512))):
+            align = c2f.Alignment(c2f.Config(), [pair.image for pair in pairs], None)
 
-    def align(image, seed, name):
-        return c2f.photometric_align(image, (204 * image.flip(-1)).round() / 255)       # of 256 levels, as files are
-
-    with tempfile.TemporaryDirectory() as name:
-        toycity.render(name, seed=0, train=6, val=1, size=Size(2048, 1024))
-        for domain, size in (("gta5", Size(1280, 720)), ("synthia", Size(1280, 760)), ("cityscapes", Size(1024, 512)),
-                             ("crosscity", Size(1024, 512))):
-            pairs = layouts.find_pairs(name, domain, "train", city="Rome")
-            own, resized = seconds(pairs, domain, None, 0.0), seconds(pairs, domain, size, 0.0)
-            jittered, aligned = seconds(pairs, domain, size, 0.5), seconds(pairs, domain, size, 0.0, align)
-            row(f"loader: a {domain} file of 2048x1024 (toy city), resized to {size} / at its own size", "", [resized / own],
-                f"{1000 * resized:.0f} ms against {1000 * own:.0f} ms; {1000 * jittered:.0f} ms with jitter, "
-                f"{1000 * aligned:.0f} ms with alignment")
+            def items(jitter=0.0, transform=None, scale=scale, crop=crop):
+                augment = data.Augment(scale=scale, crop=crop, jitter=jitter)
+                dataset = data.SegmentationDataset(pairs, "gta5", classes, None, augment, transform=transform)
+                return lambda: [dataset[k % 4, k] for k in range(8)]
+            def decode():
+                for k in range(8):
+                    data.read_image(pairs[k % 4].image), data.read_label(pairs[k % 4].label, "gta5", classes)
+            torch.set_num_threads(1)
+            for what, goal, more, less in (("item / its image and label decoded", "", items(), decode),
+                                           ("item with jitter / without", "at most 1.40", items(0.5), items()),
+                                           ("item with alignment / without", "at most 1.60", items(0.0, align), items()),
+                                           ("item with both / without", "", items(0.5, align), items())):
+                ratios, with_s, without_s = interleaved(more, less, 5)
+                row(f"loader: {name}, {what} (GTA5, x{scale[0]}-{scale[1]}, crop {crop}, one process)", goal, ratios,
+                    f"{125 * with_s:.0f} ms against {125 * without_s:.0f} ms")
 
 
 def precision() -> None:
@@ -437,13 +439,11 @@ def loader() -> None:
     ids = {file_id: index for index, file_id in enumerate(LABEL_IDS)}
     with tempfile.TemporaryDirectory() as folder:
         pairs = gta5_files(Path(folder), 4)
-        for jitter in (0.0, 0.5):
-            dataset = data.SegmentationDataset(pairs, "gta5", data.class_list("gta5"), Size(1280, 720),
-                                               data.Augment(flip=True, jitter=jitter))
-            ratios, plain, ours = interleaved(lambda: [pillow_item(pair, ids) for pair in pairs],
-                                              lambda dataset=dataset: [dataset[k, k] for k in range(len(pairs))], 5)
-            row(f"loader: images per second / plain Pillow loop's (GTA5, one process, jitter {jitter}; the loop has none)",
-                "above 1" if not jitter else "", ratios, f"{4 / ours:.1f} against {4 / plain:.1f} images/s")
+        dataset = data.SegmentationDataset(pairs, "gta5", data.class_list("gta5"), Size(1280, 720), data.Augment(flip=True))
+        ratios, plain, ours = interleaved(lambda: [pillow_item(pair, ids) for pair in pairs],
+                                          lambda: [dataset[k, k] for k in range(len(pairs))], 5)
+        row("loader: images per second / plain Pillow loop's (GTA5 at 1280x720, one process)", "above 1", ratios,
+            f"{4 / ours:.1f} against {4 / plain:.1f} images/s")
 
 
 def evaluation() -> None:

@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 from sklearn.mixture import GaussianMixture
 from torch import nn
+from torchvision import models
 
 import bismap
 from bismap import Gmm
@@ -587,7 +588,7 @@ def cells(model, x):
 @torch.inference_mode()
 def test_prototypes_labels_and_maps_are_what_the_equations_say(city, tmp_path, monkeypatch):
     """From the files of a run on inverted source images (in place of the alignment) and from its warm-up model."""
-    monkeypatch.setattr(bismap, "photometric_align", lambda image, reference: 1 - image)
+    monkeypatch.setattr(bismap, "photometric_fit", lambda image, reference, size: lambda crop: 1 - crop)
     with torch.inference_mode(False):
         bismap.main(["--data", str(city), "--runs", str(tmp_path), *TINY, "--source-size", "96x40", "--samples", "100000",
                      "--lr", "2e-3", "--warmup-iterations", "8"])
@@ -595,7 +596,7 @@ def test_prototypes_labels_and_maps_are_what_the_equations_say(city, tmp_path, m
     model = build_model("v3+", "resnet18", 19, "none", "none").eval()
     model.load_state_dict(torch.load(folder / "warmup.pt", weights_only=True)["state"]["model"])
     source, target = find_pairs(city, "gta5", "train"), find_pairs(city, "cityscapes", "train", labels=False)
-    aligned = SegmentationDataset(source, "gta5", classes, Size(96, 40), transform=lambda image, seed, name: 1 - image)
+    aligned = SegmentationDataset(source, "gta5", classes, Size(96, 40), transform=lambda image, *_: (255 - image, None))
     plain = SegmentationDataset(target, "cityscapes", classes, Size(64, 32))
     source, target = [aligned[k, 0] for k in range(8)], [plain[k] for k in range(8)]
 
@@ -661,7 +662,7 @@ def test_prototypes_labels_and_maps_are_what_the_equations_say(city, tmp_path, m
 
 def test_the_independent_encoder_sees_small_images_and_gives_a_coarse_grid(tmp_path):
     torch.manual_seed(0)
-    net, x = bismap.models.resnet18(), torch.randn(1, 3, 300, 640)
+    net, x = models.resnet18(), torch.randn(1, 3, 300, 640)
     torch.save(net.state_dict(), tmp_path / "net.pth")
     cfg = bismap.Config(stm_backbone="resnet18", stm_weights=str(tmp_path / "net.pth"))
     run = SimpleNamespace(place=lambda module: module, device="cpu", autocast=contextlib.nullcontext)
@@ -961,10 +962,10 @@ def spied(monkeypatch, argv):
             save_label(folder / f"{pair.name}.png", torch.zeros(32, 64))
         return {}
 
-    def align(image, reference):
-        references.append(reference)
-        return 1 - image
-    monkeypatch.setattr(bismap, "photometric_align", align)
+    def fit(image, reference, size):
+        references.append((reference, size))
+        return lambda crop: 1 - crop
+    monkeypatch.setattr(bismap, "photometric_fit", fit)
     monkeypatch.setattr(bismap, "warm_up", lambda run, cfg, model, source, iterations: stage(
         "warmup", 0.5, model, source, iterations=iterations))
     monkeypatch.setattr(bismap, "prepare_selftraining", prepare)
@@ -1007,8 +1008,8 @@ def test_what_each_stage_is_handed(continues, uneven, tmp_path, monkeypatch):
         assert call.target.augment == warmup.source.augment
 
     # Every source image is aligned to the same one target training image in all stages and epochs.
-    images = [read_resized(pair.image, Size(64, 32)) for pair in find_pairs(uneven, "cityscapes", "train", labels=False)]
-    chosen = [[[k for k, image in enumerate(images) if torch.equal(image, used)] for used in version]
+    images = [(pair.image, Size(64, 32)) for pair in find_pairs(uneven, "cityscapes", "train", labels=False)]
+    chosen = [[[k for k, image in enumerate(images) if image == used] for used in version]
               for call in (warmup, prepare, selftrain, distill1, distill2) for version in call.versions]
     assert len(chosen) == 15 and all(version == chosen[0] for version in chosen)
     assert all(len(own) == 1 for own in chosen[0]) and len({k for k, in chosen[0]}) >= 2

@@ -441,14 +441,49 @@ def test_jitter_and_transform_change_the_image_only(tmp_path):
     plain, seen = dataset_of(tmp_path)[0, 3], []
 
     def transform(image, seed, name):
-        seen.append((image.dtype, tuple(image.shape), 0 <= image.min() <= image.max() <= 1, seed))
-        return 1 - image
+        seen.append((image.dtype, tuple(image.shape), seed, name))
+        return image, change
+
+    def change(crop):
+        seen.append((crop.dtype, tuple(crop.shape), 0 <= crop.min() <= crop.max() <= 1))
+        return 1 - crop
 
     jittered, altered = dataset_of(tmp_path, augment=Augment(jitter=0.5))[0, 3], dataset_of(tmp_path, transform=transform)[0, 3]
     assert not torch.equal(jittered[0], plain[0]) and torch.equal(jittered[1], plain[1])
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))
     torch.testing.assert_close(altered[0] * std + mean, 1 - (plain[0] * std + mean))
-    assert seen == [(torch.float32, (3, 12, 16), True, 3)]
+    assert seen == [(torch.uint8, (3, 12, 16), 3, "00000"), (torch.float32, (3, 12, 16), True)]
+    cropped = dataset_of(tmp_path, augment=Augment(crop=Size(20, 5)), transform=transform)[0, 3][0]      # wider than the image
+    assert seen[3] == (torch.float32, (3, 5, 16), True) and cropped.shape == (3, 5, 20)
+    assert (cropped == 0).all(dim=0).any(dim=0).sum() == 4       # the padding has the mean colour, whatever becomes of the crop
+    whole = dataset_of(tmp_path, transform=lambda image, seed, name: (255 - image, None))[0, 3]
+    torch.testing.assert_close(whole[0], altered[0])
+
+
+def test_an_item_is_a_window_of_the_resized_image_and_label(tmp_path):
+    """Every item is found in the whole image at its factor's size, to 1/255, and its label in the whole label; windows reach
+    every place."""
+    pixels = np.array(Image.fromarray(noise(12, 17)).resize((67, 45), Image.Resampling.BICUBIC))
+    ids = np.array(sorted(CITY_19))[noise(45, 67)[..., 0] % 19].astype(np.uint8)
+    pair = Pair(write_png(tmp_path / "image.png", pixels, 2), write_png(tmp_path / "label.png", ids, 0), "image")
+    crop, corners = Size(31, 22), set()
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))
+    for seed in range(40):
+        scale = (0.7, 1.4)[seed % 2]
+        item = SegmentationDataset([pair], "gta5", GTA, None, Augment(scale=(scale, scale), crop=crop))[0, seed]
+        size = (round(scale * 45), round(scale * 67))
+        whole = torch.nn.functional.interpolate(torch.from_numpy(pixels).permute(2, 0, 1)[None] / 255, size, mode="bilinear",
+                                                antialias=True)[0]
+        label = torch.from_numpy(np.vectorize(CITY_19.get)(ids)).float()
+        label = torch.nn.functional.interpolate(label[None, None], size, mode="nearest-exact")[0, 0].long()
+        shown, found = item[0] * std + mean, []
+        for top in range(size[0] - 22 + 1):
+            for left in range(size[1] - 31 + 1):
+                if torch.equal(label[top:top + 22, left:left + 31], item[1]):
+                    found.append((whole[:, top:top + 22, left:left + 31] - shown).abs().max() <= 1 / 255)
+                    corners.add((scale, 3 * top // (size[0] - 21), 3 * left // (size[1] - 30)))
+        assert found == [True]
+    assert len(corners) > 14                                     # of 2 x 9
 
 
 def test_an_item_is_a_function_of_index_and_seed(tmp_path):

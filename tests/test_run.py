@@ -310,7 +310,7 @@ def test_images_have_the_sizes_of_flags_or_script_and_translated_sources(tmp_pat
     assert target[0][0].shape == (3, 16, 32) and target[0][1].shape == (32, 64) and len(target) == 3
     assert run.images("target", "val", size=Size(40, 20))[0][0].shape == (3, 20, 40)
     options.source_images = None
-    source = run.images("source", "train", augment=Augment(crop=Size(20, 10)), transform=lambda image, seed, name: 0 * image)
+    source = run.images("source", "train", augment=Augment(crop=Size(20, 10)), transform=lambda image, *_: (0 * image, None))
     image, label, _ = source[0, 1]
     assert image.shape == (3, 10, 20) and label.shape == (10, 20) and len(image.unique()) == 3    # black, in three channels
     assert run.images("target", "train", labels=False)[0][1].unique().tolist() == [255]

@@ -1,0 +1,56 @@
+"""common/pixels.py against torchvision and against values worked out by hand."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torchvision.transforms import v2
+
+from common import pixels
+
+
+def test_turned_hues_are_torchvisions():
+    image = torch.rand(3, 30, 40, generator=torch.Generator().manual_seed(0))
+    image[:, :10] = (image[:, :10] * 3).round() / 3              # ties between channels, greys, black and white
+    for turn in (-0.5, -0.2, 0.0, 0.013, 0.3, 0.5):
+        expected = v2.functional.adjust_hue(image, turn)
+        torch.testing.assert_close(pixels.turn_hue(image, turn), expected, rtol=0, atol=1e-5)
+    red = torch.tensor([0.75, 0.25, 0.25])[:, None, None]
+    assert pixels.turn_hue(red, 1 / 3).flatten().tolist() == pytest.approx([0.25, 0.75, 0.25], abs=1e-6)
+
+
+@pytest.mark.parametrize("strength", [0.0, 0.3, 1.0])
+def test_jitter_is_torchvisions_of_the_same_seed(strength):
+    image = torch.rand(3, 9, 8, generator=torch.Generator().manual_seed(1))
+    reference, results = v2.ColorJitter(strength, strength, strength, 0.4 * strength), []
+    for seed in range(6):
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            expected = reference(image)
+        results.append(pixels.jitter(image, strength, torch.Generator().manual_seed(seed)))
+        torch.testing.assert_close(results[-1], expected, rtol=0, atol=2e-5)
+    assert strength == 0 or all((results[0] - other).abs().max() > 0.01 for other in results[1:])
+
+
+def test_strips_are_the_whole():
+    image = torch.rand(3, 70, 5)
+    assert torch.equal(pixels.in_strips(torch.sqrt, image), image.sqrt())
+
+
+def test_a_sample_is_a_grid_of_at_most_so_many_pixels():
+    image = torch.arange(2 * 7 * 10).view(2, 7, 10)
+    assert torch.equal(pixels.sample(image, 70), image) and torch.equal(pixels.sample(image, 69), image[:, ::2, ::2])
+    assert torch.equal(pixels.sample(image, 19), image[:, ::3, ::3])
+
+
+def test_histograms_count_the_nearest_steps():
+    x, n = pixels.histograms(torch.tensor([[[0.0, 1.0, 4.0], [1.3, 1.6, 2.0]], [[7.0] * 3] * 2]), 5)
+    assert x.tolist() == [[0, 1, 2, 3, 4], [7] * 5] and n[0].tolist() == [1, 2, 2, 0, 1] and n[1].sum() == 6
+
+
+def test_functions_are_looked_up_at_the_nearest_step():
+    values, x = torch.tensor([5.0, 1.0, 3.0]), torch.tensor([[-9.0, 2.0, 2.9], [3.1, 5.9, 40.0]])
+    assert pixels.look_up(values, x, 2.0, 6.0).tolist() == [[5, 5, 5], [1, 3, 3]]
+    assert pixels.look_up(values, torch.tensor([0.5]), 0.5, 0.5).tolist() == [5]
+    x = torch.linspace(0.1, 1, 600).view(3, 20, 10)
+    torch.testing.assert_close(pixels.by_table(torch.sqrt, x), x.sqrt(), rtol=0, atol=3e-5)

@@ -163,8 +163,9 @@ def nearest_anchor(distances: Tensor) -> tuple[Tensor, Tensor]:
 
     Args: distances (N, C, h, w), >= 0 or inf.
     Returns: c* (N, h, w) int64, any on ties, and d' - d* (N, h, w): inf if only one class has an anchor, NaN if none."""
-    shortest, nearest = distances.topk(2, dim=1, largest=False)                              # (N, 2, h, w) each, ascending
-    return nearest[:, 0], shortest[:, 1] - shortest[:, 0]
+    shortest, nearest = distances.min(dim=1, keepdim=True)                                   # (N, 1, h, w) each
+    second = distances.scatter(1, nearest, torch.inf).amin(dim=1)                            # (N, h, w), among the others
+    return nearest[:, 0], second - shortest[:, 0]
 
 
 def anchor_pseudo_labels(distances: Tensor, margin: float = 2.5) -> Tensor:
@@ -350,9 +351,7 @@ def warm_up(run: Run, cfg: Config, model: nn.Module, source: SegmentationDataset
 def train_stage(run: Run, cfg: Config, k: int, model: nn.Module, anchors: Tensor, source: SegmentationDataset,
                 target: SegmentationDataset, iterations: int, note: dict | None = None) -> None:
     """Algorithm 1, lines 7 to 10: from M_{k-1} to M_k by Eq. (12), with fixed anchors and fixed labels."""
-    weights = {"ce_s": 1.0, "dis_s": cfg.lambda1, "dis_t": cfg.lambda1, "dis_tP": cfg.lambda1, "ce_t": cfg.lambda2,
-               "ce_tP": cfg.lambda2}
-    used = [term for term in weights if term in ("ce_s", *cfg.terms)]
+    weights = {"ce_s": 1.0} | {term: cfg.lambda1 if term.startswith("dis") else cfg.lambda2 for term in cfg.terms}
     optimizer = sgd(model, cfg)
     state = {"model": model, "optimizer": optimizer}
     model = parallel(model)
@@ -363,21 +362,22 @@ def train_stage(run: Run, cfg: Config, k: int, model: nn.Module, anchors: Tensor
             feat_t, logits_t = model(x_t)
         y_grid = resize_label(y_s, feat_s.shape[-2:])                                        # (N, h, w)
         y_t, y_tP = resize_label(y_t, feat_t.shape[-2:]), resize_label(y_tP, feat_t.shape[-2:])
-        losses = {
-            "ce_s": cross_entropy_loss(upsample(logits_s, y_s.shape[-2:]), y_s),             # Eq. (2)
-            "dis_s": distance_loss(feat_s, y_grid, anchors),                                 # Eq. (8)
-            "dis_t": distance_loss(feat_t, y_t, anchors),                                    # Eq. (10)
-            "dis_tP": distance_loss(feat_t, y_tP, anchors),                                  # Table 4
-            "ce_t": cross_entropy_loss(logits_t, y_t),                                       # Eq. (9)
-            "ce_tP": cross_entropy_loss(logits_t, y_tP),                                     # Eq. (11)
+        terms = {
+            "ce_s": (cross_entropy_loss, upsample(logits_s, y_s.shape[-2:]), y_s),           # Eq. (2)
+            "dis_s": (distance_loss, feat_s, y_grid, anchors),                               # Eq. (8)
+            "dis_t": (distance_loss, feat_t, y_t, anchors),                                  # Eq. (10)
+            "dis_tP": (distance_loss, feat_t, y_tP, anchors),                                # Table 4
+            "ce_t": (cross_entropy_loss, logits_t, y_t),                                     # Eq. (9)
+            "ce_tP": (cross_entropy_loss, logits_t, y_tP),                                   # Eq. (11)
         }
-        loss = sum(weights[term] * losses[term] for term in used)                            # Eq. (12)
+        losses = {term: term_loss(*inputs) for term, (term_loss, *inputs) in terms.items() if term in weights}
+        loss = sum(weights[term] * losses[term] for term in losses)                          # Eq. (12)
 
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         unlabelled = (y_t == IGNORE).flatten(1).all(dim=1).float().mean()                    # crops that add nothing
-        run.report(**{term: losses[term] for term in used}, unlabelled_crops=unlabelled)
+        run.report(**losses, unlabelled_crops=unlabelled)
 
 
 @command

@@ -60,7 +60,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from scipy import ndimage
 from torch import Tensor, nn
 
 from common.cli import Size, command, option, parse
@@ -193,9 +192,9 @@ def connected_regions(label_map: Tensor, k: int, limit: int = 10) -> Tensor:
     Args: label_map (h, w) int64; k the class; limit, z.
     Returns: (m, h, w) bool, m <= limit, 8-connected, the largest first, equally large ones in reading order.
     """
-    regions, count = ndimage.label((label_map == k).cpu().numpy(), structure=np.ones((3, 3)))   # 0: other classes; 1, 2, ...
-    area = np.bincount(regions.ravel(), minlength=count + 1)[1:]
-    largest = 1 + np.argsort(-area, kind="stable")[:limit]
+    from scipy import ndimage  # not before the flags are read
+    regions, _ = ndimage.label((label_map == k).cpu().numpy(), structure=np.ones((3, 3)))       # 0: other classes; 1, 2, ...
+    largest = 1 + np.argsort(-np.bincount(regions.ravel())[1:], kind="stable")[:limit]          # by area
     return torch.from_numpy(regions == largest[:, None, None]).to(label_map.device)
 
 
@@ -208,7 +207,7 @@ def regions(feat: Tensor, label_map: Tensor, classes: list[int], limit: int | No
         masks = {k: (labels == k)[None] if limit is None else connected_regions(labels, k, limit)
                  for k in classes if (labels == k).any()}
         if masks:
-            means = masked_mean(f, torch.cat(list(masks.values())).to(f.device))  # (all regions, D), in one pass
+            means = masked_mean(f, torch.cat(list(masks.values())).to(f.device, non_blocking=True))      # all in one pass
             yield from zip(masks, masks.values(), means.split([len(m) for m in masks.values()]))
 
 
@@ -227,10 +226,11 @@ class FeatureBank(nn.Module):
 
     @torch.no_grad()
     def write(self, k: int, feat: Tensor) -> None:
-        """Put feat (D,) into the next place of class k: the oldest one, once the ring is full."""
-        row = self.classes.index(k)
-        self.features[row, int(self.written[row]) % self.slots] = feat
-        self.written[row] += 1
+        """Put feat, (D,) or (m, D), into the next places of class k in turn: the oldest ones, once the ring is full."""
+        row, feat = self.classes.index(k), feat.view(-1, self.features.shape[2]).to(self.features)
+        places = (self.written[row] + torch.arange(len(feat))) % self.slots
+        self.features[row, places[-self.slots:].to(feat.device, non_blocking=True)] = feat[-self.slots:]
+        self.written[row] += len(feat)
 
     def samples(self, k: int) -> Tensor:
         """(n, D): what has been written for class k, n <= slots; places never written are not in it."""
@@ -245,8 +245,8 @@ def store_stuff(feat: Tensor, label_map: Tensor, bank: FeatureBank) -> None:
 
     Args: feat (N, D, h, w); label_map (N, h, w) int64 of Eq. (4); bank of the stuff classes.
     """
-    for b, _, (mean,) in regions(feat.detach(), label_map, bank.classes, limit=None):
-        bank.write(b, mean)
+    for b, _, mean in regions(feat.detach(), label_map, bank.classes, limit=None):
+        bank.write(b, mean)                                                       # (1, D)
 
 
 def store_instances(feat: Tensor, label_map: Tensor, bank: FeatureBank, limit: int = 10) -> None:
@@ -257,8 +257,7 @@ def store_instances(feat: Tensor, label_map: Tensor, bank: FeatureBank, limit: i
     Args: feat (N, D, h, w); label_map (N, h, w) int64 of Eq. (4); bank of the thing classes; limit, z.
     """
     for k, _, means in regions(feat.detach(), label_map, bank.classes, limit):
-        for mean in means:
-            bank.write(k, mean)
+        bank.write(k, means)                                                      # (m, D)
 
 
 def nearest_sample(query: Tensor, samples: Tensor) -> tuple[Tensor, Tensor]:
@@ -370,7 +369,7 @@ def train_step(run: Run, cfg: Config, step: int, model: nn.Module, stuff: Featur
             d_s, d_t = D(prob_s.detach()), D(prob_t)                              # (N, 1, H/32, W/32)
 
         correct = correct_label_map(logits_s, resize_label(y_s, logits_s.shape[-2:]))           # Eq. (4)
-        feat_s, correct = gather(feat_s), gather(correct)                         # of all processes
+        feat_s, correct = gather(feat_s), gather(correct).cpu()                   # of all processes; where scipy works
         store_stuff(feat_s, correct, stuff)                                       # Eq. (5)
         store_instances(feat_s, correct, things, cfg.z)                           # Algorithm 1
         label_map = logits_t.argmax(dim=1)                                        # (N, h, w), L_P of the target
@@ -378,6 +377,7 @@ def train_step(run: Run, cfg: Config, step: int, model: nn.Module, stuff: Featur
         if step == 2:
             loss_seg["seg_t"] = segmentation_loss(logits_t, *y_t)                 # Eq. (10)
             label_map = augmented_label_map(label_map, resize_label(*y_t, label_map.shape[-2:]))             # Eq. (11)
+        label_map = label_map.cpu()
         loss_stf = stuff_loss(feat_t, label_map, stuff)                           # Eq. (6)
         loss_ins = instance_loss(feat_t, label_map, things, cfg.z)                # Eq. (8)
         loss_adv, loss_D = adversarial_loss(d_t), discriminator_loss(d_s, d_t)    # Eqs. (2), (3)

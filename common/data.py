@@ -156,7 +156,7 @@ def read_label(path: str | Path, dataset: str, classes: ClassList) -> Tensor:
 
     Raises: UserError naming a file that is missing, damaged, of another pixel type, or has ids its dataset lacks."""
     ids, table, _ = read_ids(path, dataset, classes)
-    label = table[np.minimum(ids, 255).astype(np.uint8)]
+    label = table.take(ids, mode="clip")
     if (label == _UNDEFINED).any():
         from common import checks  # only to say what is wrong
         raise checks.undefined_ids(path, dataset, classes, np.unique(ids[label == _UNDEFINED]).tolist())

@@ -19,8 +19,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torchvision import models
-from torchvision.models import vgg
 
 from common.files import UserError
 
@@ -71,6 +69,7 @@ def dilate(layer: nn.Sequential, first: int, dilations: Sequence[int]) -> None:
 
 def resnet_encoder(backbone: str) -> nn.Module:
     """torchvision's ResNet, randomly initialised, without its classifier; run by `resnet_features`."""
+    from torchvision import models  # two seconds: not before the flags are read
     encoder = models.get_model(backbone, weights=None)
     del encoder.avgpool, encoder.fc
     return encoder
@@ -84,6 +83,7 @@ def resnet_features(encoder: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
 
 def vgg16_encoder() -> nn.Module:
     """VGG-16's convolutions at stride 8: pool4 and pool5 removed, conv5_x with dilation 2."""
+    from torchvision.models import vgg
     encoder = nn.Module()
     encoder.features = vgg.make_layers(vgg.cfgs["D"], batch_norm=False)    # models.vgg16 fills 120 M unused weights
     for i in (23, 30):                                                     # pool4, pool5; no other name may move

@@ -16,20 +16,21 @@ from common.distributed import sum_over_processes
 
 
 def confusion_matrix(prediction: Tensor, label: Tensor, num_classes: int) -> Tensor:
-    """Count the pixels of each (label, prediction) pair of classes: (K,K) int64 on the label's device, rows = label.
+    """Count the pixels of each (label, prediction) pair of classes: (K,K) int64 on the CPU, rows = label.
 
     Args: prediction (..) integer, 0..K-1 wherever there is a label; label (..) integer, 0..K-1, or 255, which is ignored.
     Raises: ValueError for another value, for tensors of two shapes, and for floats."""
     if prediction.shape != label.shape or prediction.is_floating_point() or label.is_floating_point():
         raise ValueError(f"prediction {tuple(prediction.shape)} {prediction.dtype} and label {tuple(label.shape)} "
                          f"{label.dtype} must be integer tensors of one shape")
-    K, prediction, label = num_classes, prediction.to(label.device).long(), label.long()
-    possible = (prediction >= 0) & (prediction < K) & (label >= 0) & (label < K)
-    pair = torch.where(possible, label * K + prediction, K * K + 1).masked_fill_(label == IGNORE, K * K)
-    counts = pair.flatten().bincount(minlength=K * K + 2)
-    if counts[-1]:
-        raise ValueError(f"{int(counts[-1])} labelled pixels have a label or a prediction outside 0..{K - 1}")
-    return counts[:K * K].view(K, K)
+    values = label.long(), prediction.to(label.device).long()
+    label, prediction = (torch.where((x >= 0) & (x < 256), x, 254).byte() for x in values)      # 254 is no class
+    pair = label.int().mul_(256).add_(prediction).flatten()
+    counts = pair.cpu().bincount(minlength=2 ** 16).view(256, 256)   # there, as on a GPU bincount waits twice
+    matrix = counts[:num_classes, :num_classes].clone()
+    if wrong := int(counts[:IGNORE].sum() - matrix.sum()):
+        raise ValueError(f"{wrong} labelled pixels have a label or a prediction outside 0..{num_classes - 1}")
+    return matrix
 
 
 def iou(matrix: Tensor) -> Tensor:
@@ -87,12 +88,11 @@ def evaluation_mode(model: nn.Module):
 def evaluate(model: nn.Module, loader: Iterable, num_classes: int, device: torch.device | str,
              scales: Sequence[float] = (1.0,), flip: bool = False) -> Tensor:
     """Confusion matrix of a model over the (image, label, ...) of all processes, at the labels' own resolution, on the CPU."""
-    matrix = torch.zeros(num_classes, num_classes, dtype=torch.int64, device=device)
+    matrix = torch.zeros(num_classes, num_classes, dtype=torch.int64)
     with evaluation_mode(model):
         for image, label, *_ in loader:
             image, label = image.to(device, non_blocking=True), label.to(device, non_blocking=True)
             matrix += confusion_matrix(predict(model, image, tuple(label.shape[-2:]), scales, flip), label, num_classes)
-    matrix = matrix.cpu()
     sum_over_processes(matrix)
     return matrix
 

@@ -69,10 +69,11 @@ class Options:
     tag: str | None = option(None, "suffix of the run folder's name", defines_run=False)
     seed: int = option(0, "seed of weights, data order, augmentation", low=0)
     device: str = option("auto", "where to compute", choices=("auto", "cuda", "mps", "cpu"), defines_run=False)
-    amp: str = option("none", "bf16: run the networks in bfloat16 autocast (losses stay float32); auto: where the machine "
-                      "computes in it natively", choices=("none", "bf16", "auto"))
-    channels_last: bool = option(False, "keep images and weights in channels-last memory format")
-    workers: int = option(4, "processes that load images; 0 loads in the main process", low=0, defines_run=False)
+    amp: str | None = option(None, "bf16: run the networks in bfloat16 autocast (losses stay float32); auto: where the machine "
+                             "computes in it natively; automatic: auto on CUDA, else none", choices=("none", "bf16", "auto"))
+    channels_last: bool | None = option(None, "keep images and weights channels-last in memory; automatic: with bf16 on CUDA")
+    workers: int | None = option(None, "processes that load images; 0 loads in the main process; automatic: one per CPU core, "
+                                 "at most 4", low=0, defines_run=False)
     eval_every: int = option(0, "also evaluate every so many iterations; 0: only after a stage", low=0, defines_run=False)
     log_every: int = option(50, "iterations between two log lines", low=1, defines_run=False)
     save_every: int = option(500, "iterations between two checkpoints for resuming", low=1, defines_run=False)
@@ -117,9 +118,7 @@ class Run:
         if not options.eval:
             self._lock = lock(self.folder) if self.rank == 0 else None
             barrier()
-            start.check_config(self)
-        elif options.amp == "auto":
-            options.amp = "bf16" if start.native_bf16(self.device) else "none"
+        start.check_config(self)
         start.introduce(self, asked)
         if options.from_:
             from common import published  # only weights of another run or project need it
@@ -180,7 +179,9 @@ class Run:
                 if not stop:
                     self.seed(name, it)                          # so no random state has to be saved
                     set_rates(optimizers, it, iterations)
+                    torch.backends.cudnn.benchmark = True        # a stage's batches have one shape, evaluation's many
                     yield it, *([self.place(x) for x in batch if isinstance(x, Tensor)] for batch in batches)    # no names
+                    torch.backends.cudnn.benchmark = False
                     stop, it = any_process(self._asked_to_stop), it + 1
                 self._done = it
                 if stop or (it % self.options.save_every == 0 and it < iterations):

@@ -28,7 +28,10 @@ def run_folder(method: str, options) -> Path:
 
 
 def check_settings(options, stages: tuple[str, ...], sizes: dict, largest_scale: float, folder: Path) -> None:
-    """Refuse an invalid stage, export, upper bound or crop. folder: of the run; other arguments as for `Run`."""
+    """Refuse an invalid stage, export, upper bound or crop; decide --workers where it is left open. folder: of the run; other
+    arguments as for `Run`."""
+    if options.workers is None:
+        options.workers = min(4, os.cpu_count() or 1)
     if options.stage not in (None, *stages):
         raise UserError(f"--stage {options.stage} is unknown; the stages are {', '.join(stages)}")
     if bool(options.predict) != bool(options.out):
@@ -73,17 +76,28 @@ def native_bf16(device: torch.device) -> bool:
     return device.type == "cpu" and any(supported() for supported in known if supported)
 
 
+def choose_precision(options, device: torch.device, begun: dict) -> None:
+    """Decide --amp and --channels-last where they are left open, once per run. begun: config.json of a run that goes on."""
+    cuda = device.type == "cuda"
+    if options.amp in ("auto", None):
+        wanted = (cuda or options.amp == "auto") and native_bf16(device)
+        options.amp = begun.get("amp", "none") if begun else "bf16" if wanted else "none"
+    if options.channels_last is None:
+        options.channels_last = begun.get("channels_last", False) if begun else cuda and options.amp == "bf16"
+
+
 def check_config(run) -> None:
     """Refuse to continue a run with other settings, unless nothing is trained yet. A setting that an earlier version did not
-    write to config.json counts as its default. --amp auto is decided here, once per run."""
+    write to config.json counts as its default. With --eval only the precision is decided."""
+    if run.options.eval:
+        return choose_precision(run.options, run.device, {})
     path = run.folder / "config.json"
     old, trained = gather_objects((read_json(path), any(run.folder.glob("*.pt"))))[0]
-    if run.options.amp == "auto":
-        auto = "bf16" if native_bf16(run.device) else "none"
-        run.options.amp = old.get("amp", "none") if trained else auto
+    choose_precision(run.options, run.device, old if trained else {})
     new = {"method": run.method, **to_json(run.cfg, defining_only=True), **to_json(run.options, defining_only=True),
            "processes": run.world}
-    defaults = {**to_json(type(run.options)(), defining_only=True), **to_json(type(run.cfg)(), defining_only=True)}
+    defaults = {**to_json(type(run.options)(), defining_only=True), **to_json(type(run.cfg)(), defining_only=True),
+                "amp": "none", "channels_last": False}
     before = {**defaults, **{key: value for key, value in old.items() if key not in NOTES}} if old else {}
     changed = [key for key in sorted(before.keys() | new.keys()) if before.get(key) != new.get(key)]
     if changed and trained:
@@ -171,7 +185,7 @@ def made(run) -> dict:
             "target_data": run.options.target_data}
 
 
-def introduce(run, asked: str) -> None:
+def introduce(run, asked: str | None) -> None:
     """Print a run's first lines: script, commit, device, precision, folder, stages. With --toy, render the toy city. `asked`:
     the precision on the command line."""
     device, name = run.device.type, run.options.device
@@ -183,7 +197,8 @@ def introduce(run, asked: str) -> None:
         why = "no GPU is visible to torch" if torch.version.cuda or torch.version.hip else "this torch is built without CUDA"
         device = f"cpu, because {why}"
     precision = "bfloat16" if run.options.amp == "bf16" else "float32"
-    precision += ", chosen by --amp auto" * (asked == "auto")
+    precision += ", channels-last" * bool(run.options.channels_last)
+    precision += ", chosen by --amp auto" * (asked == "auto" or (asked is None and run.device.type == "cuda"))
     lengths = ", ".join(f"{stage} {run.lengths[stage] or ''}".strip() for stage in run.stages)
     print(f"{run.method}.py, commit {commit()}, torch {torch.__version__}\ndevice: {device}; precision: {precision}\n"
           f"folder: {run.folder}\nstages: {lengths}", flush=True)

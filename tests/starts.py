@@ -15,7 +15,9 @@ import sys
 import time
 from pathlib import Path
 
+import scipy.ndimage  # noqa: F401 (what scripts import when they run, once for all starts)
 import torch
+import torchvision  # noqa: F401
 
 ROOT = Path(__file__).parents[1]
 

@@ -289,6 +289,17 @@ def test_golden_numbers():
                                                           1.1004956383801672], rel=1e-12)
 
 
+def test_nearest_anchor_is_the_first_two_of_a_sort():
+    """Also with ties, with classes without anchor, and with one or none that has one."""
+    d = torch.randint(0, 6, (2, 5, 7, 9), generator=torch.Generator().manual_seed(0)).double()
+    d[:, 3], d[0, 1:, 0], d[0, :, 1] = torch.inf, torch.inf, torch.inf
+    nearest, gap = cag.nearest_anchor(d)
+    first, second = d.sort(dim=1).values[:, :2].unbind(dim=1)
+    assert torch.equal(d.gather(1, nearest[:, None])[:, 0], first) and (second == first).any()
+    assert torch.equal(gap.nan_to_num(-1), (second - first).nan_to_num(-1))
+    assert gap[0, 0].isinf().all() and gap[0, 1].isnan().all() and gap[1].isfinite().all()
+
+
 def test_lambda1_of_76_8_is_the_printed_sum_over_256_channels():
     feat, label, anchors = random(1, 256, 2, 2), torch.tensor([[[0, 1], [1, IGNORE]]]), anchors_of(2, 256)
     printed = sum((anchors[y] - torch.tensor(f)).square().sum().item() for f, y in zip(rows(feat), (0, 1, 1)))     # Eq. (8)
@@ -394,6 +405,18 @@ def test_training_stage_is_eq_12(terms):
     for p, old, g in zip(model.parameters(), start.parameters(), run.gradients[0]):
         torch.testing.assert_close(p, old - 2.5e-4 * (g + 1e-4 * old), rtol=1e-12, atol=1e-15)   # Sec. 4.1
     assert run.state["optimizer"].defaults["momentum"] == 0.9
+
+
+@pytest.mark.parametrize("terms", [("ce_t",), ("dis_t", "ce_tP"), ("dis_s", "dis_t", "dis_tP", "ce_t", "ce_tP")])
+def test_a_stage_computes_the_terms_that_it_adds_up(terms, monkeypatch):
+    computed = []
+    for name, loss in (("cross_entropy_loss", cag.cross_entropy_loss), ("distance_loss", cag.distance_loss)):
+        monkeypatch.setattr(cag, name, lambda *x, name=name, loss=loss: [computed.append(name), loss(*x)][1])
+    target = (random(1, 3, 8, 6), None, labels(1, 8, 6, C=3), labels(1, 8, 6, C=3))
+    run = StubRun(TinyNet().double(), [((random(1, 3, 8, 6), labels(1, 8, 6, C=3)), target)])
+    cag.train_stage(run, cag.Config(terms=terms), 1, run.model, anchors_of(3, 4), None, None, 1)
+    assert sorted(computed) == sorted(["cross_entropy_loss", *({"ce": "cross_entropy_loss", "dis": "distance_loss"}[
+        term.split("_")[0]] for term in terms)])
 
 
 def test_source_stage_is_eq_2_at_image_size():

@@ -76,9 +76,11 @@ def test_three_classes_by_hand():
     assert mean_iou(matrix) == pytest.approx(1 / 3) and mean_iou(matrix, (1, 2)) == 0.25
 
 
-def test_large_class_indices_in_uint8_do_not_wrap():
-    label = torch.full((5,), 18, dtype=torch.uint8)
-    assert confusion_matrix(label, label, 19)[18, 18] == 5
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64])
+def test_class_indices_in_few_bits_do_not_wrap_and_stay_as_they_are(dtype):
+    label, prediction = torch.full((5,), 18, dtype=dtype), torch.full((5,), 17, dtype=dtype)
+    assert confusion_matrix(prediction, label, 19)[18, 17] == 5
+    assert label.tolist() == [18] * 5 and prediction.tolist() == [17] * 5
 
 
 def test_everything_ignored_is_nan_without_warnings():
@@ -103,6 +105,11 @@ def test_absent_and_stray_classes():
     (torch.full((2, 3), 5), torch.zeros(2, 3, dtype=torch.int64), r"6 labelled pixels.*0\.\.4"),
     (torch.full((2, 3), -1), torch.zeros(2, 3, dtype=torch.int64), "6 labelled pixels"),
     (torch.zeros(2, 3, dtype=torch.int64), torch.full((2, 3), 7), "6 labelled pixels"),
+    (torch.full((2, 3), 256), torch.zeros(2, 3, dtype=torch.uint8), "6 labelled pixels"),
+    (torch.full((2, 3), -256), torch.tensor([[255, 255, 0], [0, 0, 0]]), "4 labelled pixels"),
+    (torch.zeros(2, 3, dtype=torch.uint8), torch.full((2, 3), 511), "6 labelled pixels"),
+    (torch.full((2, 3), 255, dtype=torch.uint8), torch.zeros(2, 3, dtype=torch.int32), "6 labelled pixels"),
+    (torch.full((2, 3), 2**40), torch.full((2, 3), -1), "6 labelled pixels"),
     (torch.zeros(2, 3), torch.zeros(2, 3, dtype=torch.int64), "float32"),
 ])
 def test_impossible_input(prediction, label, message):

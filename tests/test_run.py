@@ -19,7 +19,7 @@ import torch
 from starts import children
 from torch import nn
 
-from common import files
+from common import files, metrics
 from common.cli import Size, option
 from common.data import Augment, SegmentationDataset, class_list
 from common.files import UserError, load, write_atomically
@@ -618,3 +618,23 @@ def test_bf16_keeps_losses_in_float32(make):
     run, _, _ = make(tag="b")
     with run.autocast():
         assert nn.Conv2d(3, 4, 1)(torch.zeros(1, 3, 4, 4)).dtype == torch.float32
+
+
+def test_cudnn_chooses_its_fastest_algorithms_in_a_stage_only(make, monkeypatch):
+    """A stage's batches have one shape; images that are evaluated may have many."""
+    run, state, dataset = make(eval_every=2)
+    seen = {"stage": [], "evaluation": []}
+    evaluate = metrics.evaluate
+
+    def watched(*args, **how):
+        seen["evaluation"].append(torch.backends.cudnn.benchmark)
+        return evaluate(*args, **how)
+
+    def at(it, loss):
+        seen["stage"].append(torch.backends.cudnn.benchmark)
+        return loss
+    monkeypatch.setattr(metrics, "evaluate", watched)
+    run.watch(state["model"], dataset)
+    train(run, state, dataset, iterations=5, at=at)
+    run.evaluate("first", state["model"], dataset, {"single-scale": {}})
+    assert seen == {"stage": [True] * 5, "evaluation": [False] * 3} and not torch.backends.cudnn.benchmark

@@ -316,6 +316,21 @@ def test_a_ring_over_its_wrap_around():
     assert bank.samples(2).shape == (0, 2)
 
 
+@pytest.mark.parametrize("begin", range(5))
+@pytest.mark.parametrize("count", range(10))
+def test_several_writes_at_once(begin, count):
+    """The same places as one after the other, also where they go around, and where there are more than places."""
+    one, many = sim.FeatureBank([6, 7], 4, 3), sim.FeatureBank([6, 7], 4, 3)
+    for bank in (one, many):
+        for n in range(begin):
+            bank.write(7, torch.full((3,), -1.0 - n))
+    feat = random(count, 3).float()
+    for row in feat:
+        one.write(7, row)
+    many.write(7, feat)
+    assert torch.equal(many.features, one.features) and many.written.tolist() == one.written.tolist() == [0, begin + count]
+
+
 def test_resume_with_a_half_filled_bank(tmp_path):
     def write(bank, first, last):
         for n in range(first, last):

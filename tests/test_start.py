@@ -15,6 +15,7 @@ import c2f
 import fada
 from common import start, toycity
 from common.cli import Size
+from common.run import Options
 
 SMALL = ("--backbone resnet18 --init none --source-size 64x32 --target-size 64x32 --workers 0 --log-every 1 --save-every 1 "
          "--source-iterations 2 --adversarial-iterations 2 --no-distill --batch-size 2 --test-scales 1.0").split()
@@ -167,6 +168,22 @@ def test_amp_auto_is_decided_once_and_belongs_to_the_run(native, city, tmp_path,
     train(city, tmp_path, "--amp", "auto")
     assert f"precision: {words}, chosen" in capsys.readouterr().out
     assert torch.load(folder / "adversarial.pt")["options"]["amp"] == chosen
+
+
+@pytest.mark.parametrize(("device", "native", "given", "begun", "expected"), [
+    ("cuda", True, (None, None), {}, ("bf16", True)), ("cuda", False, (None, None), {}, ("none", False)),
+    ("cuda", True, ("none", None), {}, ("none", False)), ("cuda", True, ("bf16", False), {}, ("bf16", False)),
+    ("cuda", True, (None, None), {"amp": "none", "channels_last": False}, ("none", False)),
+    ("cuda", True, (None, None), {"seed": 0}, ("none", False)),                  # begun by a version without these flags
+    ("cuda", False, ("auto", None), {"amp": "bf16", "channels_last": True}, ("bf16", True)),
+    ("cpu", True, (None, None), {}, ("none", False)), ("cpu", True, ("auto", None), {}, ("bf16", False)),
+    ("cpu", True, ("auto", True), {}, ("bf16", True)), ("cpu", False, (None, None), {"amp": "bf16"}, ("bf16", False)),
+    ("mps", False, (None, None), {}, ("none", False))])
+def test_precision_and_memory_format_where_they_are_left_open(device, native, given, begun, expected, monkeypatch):
+    monkeypatch.setattr(start, "native_bf16", lambda device: native)
+    options = Options(amp=given[0], channels_last=given[1])
+    start.choose_precision(options, torch.device(device), begun)
+    assert (options.amp, options.channels_last) == expected
 
 
 def test_bf16_is_native_where_the_processor_or_the_gpu_computes_in_it(monkeypatch):

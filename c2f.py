@@ -378,7 +378,7 @@ def tau(images: Tensor, strength: float, seeds: list[int]) -> Tensor:
     jittered = (images * std + mean).clamp(0, 1)
     for image, seed in zip(jittered, seeds, strict=True):
         image.copy_(jitter(image, strength, torch.Generator().manual_seed(seed)))
-    return data.normalise(jittered)
+    return (jittered - mean) / std
 
 
 def first_valid_bin(thresholds: Tensor) -> Tensor:

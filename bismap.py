@@ -70,7 +70,6 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from scipy.cluster.vq import kmeans2
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
@@ -284,6 +283,7 @@ def ias_thresholds(theta: Tensor, confidence: Tensor, label: Tensor) -> Tensor:
 def kmeans(feat: Tensor, J: int, iterations: int = 30, seed: int = 0) -> Tensor:
     """Sec. 3.4: centres (J, D) of J clusters of feat (M, D), M >= 1, float32 or float64, from a k-means++ start. A cluster that
     lost its features keeps its centre; with fewer than J different features, some centres are equal."""
+    from scipy.cluster.vq import kmeans2  # not before the flags are read
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")                                                       # of empty clusters, and 0 / 0
         centers, _ = kmeans2(feat.cpu().numpy(), J, iter=iterations, minit="++", rng=seed)
@@ -373,7 +373,7 @@ def phi(images: Tensor, seeds: list[int], operations: int = 2, strength: float =
     Args: images (N, 3, H, W), normalised; cutout, side of the square as a share of the shorter side.
     Returns: images of the same kind, and (N, H, W) bool, false where CutOut removed a pixel."""
     from torchvision.transforms.v2 import functional  # takes seconds, which --help does not need
-    mean, std = (images.new_tensor(values)[:, None, None] for values in (data.IMAGENET_MEAN, data.IMAGENET_STD))
+    mean, std = torch.tensor((data.IMAGENET_MEAN, data.IMAGENET_STD)).to(images, non_blocking=True)[..., None, None]
     augmented, kept = torch.empty_like(images), torch.ones_like(images[:, 0], dtype=torch.bool)
     side = round(cutout * min(images.shape[-2:]))
     for n, seed in enumerate(seeds):

@@ -374,7 +374,7 @@ class Alignment:
 def tau(images: Tensor, strength: float, seeds: list[int]) -> Tensor:
     """Colour jitter of normalised images (N, 3, H, W), each a function of its seed."""
     from common.pixels import jitter  # needs torchvision
-    mean, std = (images.new_tensor(values)[:, None, None] for values in (data.IMAGENET_MEAN, data.IMAGENET_STD))
+    mean, std = torch.tensor((data.IMAGENET_MEAN, data.IMAGENET_STD)).to(images, non_blocking=True)[..., None, None]
     jittered = (images * std + mean).clamp(0, 1)
     for image, seed in zip(jittered, seeds, strict=True):
         image.copy_(jitter(image, strength, torch.Generator().manual_seed(seed)))

@@ -147,7 +147,7 @@ def read_resized(path: Path, size: Size | None) -> Tensor:
 
 def normalise(image: Tensor) -> Tensor:
     """(..,3,H,W) in [0,1] by ImageNet's mean and standard deviation."""
-    mean, std = (image.new_tensor(values)[:, None, None] for values in (IMAGENET_MEAN, IMAGENET_STD))
+    mean, std = torch.tensor((IMAGENET_MEAN, IMAGENET_STD)).to(image, non_blocking=True)[..., None, None]
     return (image - mean) / std
 
 

@@ -23,8 +23,8 @@ def confusion_matrix(prediction: Tensor, label: Tensor, num_classes: int) -> Ten
     if prediction.shape != label.shape or prediction.is_floating_point() or label.is_floating_point():
         raise ValueError(f"prediction {tuple(prediction.shape)} {prediction.dtype} and label {tuple(label.shape)} "
                          f"{label.dtype} must be integer tensors of one shape")
-    values = label.long(), prediction.to(label.device).long()
-    label, prediction = (torch.where((x >= 0) & (x < 256), x, 254).byte() for x in values)      # 254 is no class
+    label, prediction = (x if x.dtype == torch.uint8 else x.byte().where(x.long() == x.byte(), 254)      # 254 is no class
+                         for x in (label, prediction.to(label.device)))
     pair = label.int().mul_(256).add_(prediction).flatten()
     counts = pair.cpu().bincount(minlength=2 ** 16).view(256, 256)   # there, as on a GPU bincount waits twice
     matrix = counts[:num_classes, :num_classes].clone()

@@ -140,11 +140,11 @@ STAGES = {                                             # stage, labels and maps 
     "cag stage1": (lambda run: cag.train_stage(run, cag.Config(), 1, network("v3+"), torch.randn(19, 256).to(DEVICE), None,
                                                None, 2), [1, 3], 0),
     "c2f step0": (lambda run: c2f.train_step0(run, c2f.Config(), network("v3+"), None, 2), [1], 0),
-    "c2f step1": (lambda run: c2f.train_step(run, c2f.Config(), 1, network("v3+"), centers(), None, None), [1, 2], 2),
+    "c2f step1": (lambda run: c2f.train_step(run, c2f.Config(), 1, network("v3+"), centers(), None, None), [1, 2], 0),
     "sim step1": (lambda run: sim.train_step(run, sim.Config(), 1, network("v2"), *banks(run), None, None), [1, 1], 2),
     "sim step2": (lambda run: sim.train_step(run, sim.Config(), 2, network("v2"), *banks(run), None, None), [1, 2], 2),
     "bismap warmup": (lambda run: bismap.warm_up(run, bismap.Config(), network("v3+"), None, 2), [1], 0),
-    "bismap selftrain": (lambda run: bismap.self_train(run, bismap.Config(), network("v3+"), None, None), [2, 2], 2),
+    "bismap selftrain": (lambda run: bismap.self_train(run, bismap.Config(), network("v3+"), None, None), [2, 2], 0),
     "bismap distill": (lambda run: bismap.distill(run, bismap.Config(), "distill1", network("v3+"), network("v3+"), None, None),
                        [2, 2], 0),
 }

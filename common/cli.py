@@ -47,7 +47,7 @@ def option(default, help: str, *, paper=None, section: str = "", choices: tuple 
     """A dataclass field that is a flag; `default` None stands for "chosen from other flags".
 
     `paper`, `section`: the paper's value, and where it stands; None if it gives none (shown as †). `low`, `high`: the smallest
-    and largest value allowed. `defines_run`: whether a run continued with another value would be another run."""
+    and largest value allowed. `defines_run`: whether a run cannot continue with another value."""
     return dataclasses.field(default=default, metadata={"help": help, "paper": paper, "section": section, "choices": choices,
                                                         "low": low, "high": high, "defines_run": defines_run})
 
@@ -60,32 +60,32 @@ def flag(name: str) -> str:
 def parse(prog: str, doc: str, classes: tuple[type, ...], argv: list[str] | None = None, toy: dict | None = None) -> tuple:
     """Read the command line into one instance of each dataclass in `classes`, the method's first.
 
-    A field of two classes is one flag, which the first describes: so a Config gives its paper's value of a common option.
-    `toy`: the defaults with --toy; a field `command` receives a line that does the same again, from any folder.
+    A field of two classes is one flag, described by the first class: so a Config gives a common option its paper's value.
+    `toy`: the defaults with --toy. A field `command` receives a shell line that repeats this start from any folder.
     Raises: SystemExit(2) after one sentence."""
     argv = list(sys.argv[1:] if argv is None else argv)
     fields = [field for cls in reversed(classes) for field, _ in flags(cls)]
     defaults = {field.name: field.default for field in fields} | (toy if toy and "--toy" in argv else {})
-    if asked := {"-h", "--help", "--help-all"} & set(argv):
+    if help_flags := {"-h", "--help", "--help-all"} & set(argv):
         from common import usage  # only --help needs it
-        print(usage.text(prog, doc, classes, defaults, everything="--help-all" in asked))
+        print(usage.text(prog, doc, classes, defaults, everything="--help-all" in help_flags))
         raise SystemExit(0)
     parser = _Parser(prog=prog, add_help=False, allow_abbrev=False)
     described: set[str] = set()
     for cls in classes:
         for field, kind in [pair for pair in flags(cls) if pair[0].name not in described]:
             described.add(field.name)
-            how: dict = {"dest": field.name, "default": argparse.SUPPRESS}
+            arguments: dict = {"dest": field.name, "default": argparse.SUPPRESS}
             kinds = typing.get_args(kind)
             if kind is bool:
-                how["action"] = argparse.BooleanOptionalAction
+                arguments["action"] = argparse.BooleanOptionalAction
             else:
-                how |= {"type": _reader(field, (kinds or (kind,))[0]), "choices": field.metadata["choices"] or None,
+                arguments |= {"type": _reader(field, (kinds or (kind,))[0]), "choices": field.metadata["choices"] or None,
                         "metavar": "X", "nargs": None if not kinds else "+" if kinds[-1] is ... else len(kinds)}
-            parser.add_argument(flag(field.name), **how)
+            parser.add_argument(flag(field.name), **arguments)
     values = defaults | vars(parser.parse_args(argv))
     if values.get("eval") or values.get("predict"):
-        from common import start  # only --eval needs it: the flags of the run that is evaluated, which what is typed overrules
+        from common import start  # only --eval needs it: typed flags replace those of the evaluated run
         defining = {field.name for field in fields if field.metadata["defines_run"]}
         values |= vars(parser.parse_args([*start.trained_with(prog.removesuffix(".py"), values, defining), *argv]))
     script = str(Path(__file__).resolve().parents[1] / prog)
@@ -95,14 +95,14 @@ def parse(prog: str, doc: str, classes: tuple[type, ...], argv: list[str] | None
 
 
 def to_json(instance, defining_only: bool = False) -> dict:
-    """The flags of a dataclass instance as JSON-ready values; with `defining_only` just those that make a run what it is."""
+    """The flags of a dataclass instance as JSON-ready values; with `defining_only` only those that define a run."""
     names = [field.name for field, _ in flags(type(instance)) if field.metadata["defines_run"] or not defining_only]
     plain = {Size: str, tuple: list}                             # the types that JSON lacks
     return {name: plain.get(type(value := getattr(instance, name)), lambda x: x)(value) for name in names}
 
 
 def command(main):
-    """Decorate `main(argv=None)`: what the user can fix becomes one line on stderr and exit status 2, a closed pipe none."""
+    """Decorate `main(argv=None)`: an error that the user can fix gives one line on stderr and status 2; a closed pipe none."""
     @functools.wraps(main)
     def wrapped(argv: list[str] | None = None):
         for stream in (sys.stdout, sys.stderr):
@@ -112,9 +112,9 @@ def command(main):
             try:
                 return main(argv)
             finally:
-                sys.stdout.flush()                               # here, a pipe closed by its reader is told
+                sys.stdout.flush()                               # a pipe closed by its reader is reported here
         except (UserError, RuntimeError, EOFError, ConnectionError, KeyboardInterrupt) as error:
-            from common import faults  # only what goes wrong needs it
+            from common import faults  # only errors need it
             message, status = faults.explain(error)
             if not status:
                 raise
@@ -143,7 +143,7 @@ def flags(cls: type):
 
 
 def _reader(field: dataclasses.Field, kind):
-    """What argparse calls on the text of a flag: it converts the text and checks the bounds."""
+    """The function that argparse calls on a flag's text: it converts the text and checks the bounds."""
     low, high = field.metadata["low"], field.metadata["high"]
 
     def read(text: str):

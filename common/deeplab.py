@@ -7,7 +7,7 @@
 
 `model.encoder` keeps torchvision's parameter names (conv1, bn1, layer1..4; features), so that `encoder.` + name maps a
 classification checkpoint onto a model and back. In every network `logits == model.head(feat)`. There is no dropout.
-Weights that other projects published load too (common/published.py): a `Structure` says where their networks differ.
+Other projects' published weights load too (common/published.py): a `Structure` says where their networks differ.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Structure:
     ceil_mode: bool = False        # the max pooling rounds its size up
     branches: int = 4              # v2: how many dilated convolutions the head sums
     bn_eps: float = 1e-5           # of the encoder's batch norms
-    input: str = "imagenet"        # what the images are turned into, a key of published.INPUTS
+    input: str = "imagenet"        # form of the input images, a key of published.INPUTS
 
 
 def upsample(logits: Tensor, size: tuple[int, int]) -> Tensor:
@@ -86,7 +86,7 @@ def vgg16_encoder() -> nn.Module:
     from torchvision.models import vgg
     encoder = nn.Module()
     encoder.features = vgg.make_layers(vgg.cfgs["D"], batch_norm=False)    # models.vgg16 fills 120 M unused weights
-    for i in (23, 30):                                                     # pool4, pool5; no other name may move
+    for i in (23, 30):                                                     # pool4, pool5; other names must stay
         encoder.features[i] = nn.Identity()
     for i in (24, 26, 28):
         encoder.features[i].dilation = encoder.features[i].padding = (2, 2)
@@ -104,8 +104,8 @@ def init_convs(module: nn.Module) -> nn.Module:
 
 
 class BatchNorm(nn.BatchNorm2d):
-    """Batch norm that uses and keeps its running statistics where it sees one or two values per channel, as image pooling's
-    does at batch 1 or 2: two values normalised by their own give little but a sign, and the loss 40 times the curvature."""
+    """Batch norm that uses and keeps its running statistics if it sees one or two values per channel, as image pooling's does
+    at batch 1 or 2. Two values normalised by themselves keep little but a sign, and the loss has 40 times the curvature."""
 
     def forward(self, x: Tensor) -> Tensor:
         if x.numel() <= 2 * x.shape[1]:
@@ -179,7 +179,7 @@ class DeepLab(nn.Module):
         return feat, at_least_float32(self.head(feat))              # (N, D, h, w), (N, K, h, w)
 
     def freeze_bn(self, which: str) -> None:
-        """Freeze the batch norms of "all" modules, of the "encoder", or of "none" (which thaws them).
+        """Freeze the batch norms of "all" modules, of the "encoder", or of "none" (which unfreezes them).
 
         Frozen means, also after `model.train()`, that running statistics are used and kept, and affine parameters have no
         gradient. "affine" freezes only the encoder's affine parameters: batch statistics are used, running ones updated. Call
@@ -260,9 +260,9 @@ class DeepLabV3Plus(DeepLab):
 
 def make_network(network: str | Callable, backbone: str, num_classes: int,
                  structure: Structure = Structure()) -> DeepLab:  # noqa: B008
-    """"v2", "v3+" or one's own network, see `build_model`, with random weights. Raises: UserError for an unknown choice."""
+    """"v2", "v3+" or your own network, see `build_model`, with random weights. Raises: UserError for an unknown choice."""
     if callable(network):
-        from common.network import adopt  # only one's own network needs it
+        from common.network import adopt  # only your own network needs it
         model = adopt(network, backbone, num_classes, structure)
     elif network in ("v2", "v3+"):
         model = (DeepLabV2 if network == "v2" else DeepLabV3Plus)(backbone, num_classes, structure)
@@ -276,10 +276,10 @@ def make_network(network: str | Callable, backbone: str, num_classes: int,
 
 def build_model(network: str | Callable, backbone: str, num_classes: int, init: str = "imagenet", freeze_bn: str = "encoder",
                 **file) -> DeepLab:
-    """A network with its initial weights, and its batch norms frozen as asked.
+    """A network with its initial weights, and its batch norms frozen as given.
 
     Args:
-        network: "v2", "v3+", or what makes one's own network of the number of classes (common/network.py).
+        network: "v2", "v3+", or a callable that makes your own network from the number of classes (common/network.py).
         backbone: "resnet101", "resnet50", "resnet18" or, for v2, "vgg16".
         num_classes: K, channels of the logits.
         init: "imagenet", "none" (random) or a file; then `file` are more arguments of `published.load_model`.

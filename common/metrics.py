@@ -26,7 +26,7 @@ def confusion_matrix(prediction: Tensor, label: Tensor, num_classes: int) -> Ten
     label, prediction = (x if x.dtype == torch.uint8 else x.byte().where(x.long() == x.byte(), 254)      # 254 is no class
                          for x in (label, prediction.to(label.device)))
     pair = label.int().mul_(256).add_(prediction).flatten()
-    counts = pair.cpu().bincount(minlength=2 ** 16).view(256, 256)   # there, as on a GPU bincount waits twice
+    counts = pair.cpu().bincount(minlength=2 ** 16).view(256, 256)   # on the CPU: on a GPU, bincount waits twice
     matrix = counts[:num_classes, :num_classes].clone()
     if wrong := int(counts[:IGNORE].sum() - matrix.sum()):
         raise ValueError(f"{wrong} labelled pixels have a label or a prediction outside 0..{num_classes - 1}")
@@ -42,7 +42,7 @@ def iou(matrix: Tensor) -> Tensor:
 
 def mean_iou(matrix: Tensor, indices: Sequence[int] | None = None, present: bool = False) -> float:
     """Mean IoU in [0, 1] over the given classes (default: all) that have an IoU; NaN if none has one. With `present`, over
-    those that occur in the labels: a stray pixel predicted as an absent class costs nothing then."""
+    those that occur in the labels: then a stray pixel predicted as an absent class adds no class with IoU 0."""
     scores = torch.where(matrix.cpu().sum(dim=1) > 0, iou(matrix), torch.nan) if present else iou(matrix)
     return float((scores if indices is None else scores[list(indices)]).nanmean())
 
@@ -50,7 +50,7 @@ def mean_iou(matrix: Tensor, indices: Sequence[int] | None = None, present: bool
 @torch.no_grad()
 def predict(model: nn.Module, image: Tensor, size: tuple[int, int], scales: Sequence[float] = (1.0,),
             flip: bool = False) -> Tensor:
-    """Predict the classes of images at a size of one's choice, with the model in the mode that it is in.
+    """Predict the classes of images at any size. The mode of the model is not changed.
 
     With several views (scales, each also mirrored with `flip`) the mean of the softmaxes of their upsampled logits decides.
     Args: model returns (feat, logits (N,K,h',w')); image (N,3,h,w) float32, normalised; size (H, W) of the result.
@@ -75,7 +75,7 @@ def predict(model: nn.Module, image: Tensor, size: tuple[int, int], scales: Sequ
 
 @contextlib.contextmanager
 def evaluation_mode(model: nn.Module):
-    """The model in evaluation mode; afterwards each of its modules is in the mode that it had."""
+    """The model in evaluation mode; afterwards each of its modules has its previous mode."""
     modes = {module: module.training for module in model.modules()}
     try:
         yield model.eval()

@@ -1,8 +1,8 @@
 """The tables of docs/results.md, README's table and their figure, from the JSON files in docs/results/.
 
-    python -m common.page                                    write tables and figure again
-    python -m common.page runs/*-i2c-*                       first bring these run folders into docs/results/
-    python -m common.page --pair i2c-heldout RUN ...         the same under another name of the pair of domains
+    python -m common.page                                    update tables and figure
+    python -m common.page runs/*-i2c-*                       first add these run folders to docs/results/
+    python -m common.page --pair i2c-heldout RUN ...         the same, under another name of the pair of domains
 
 A run folder is named as `common/results.py` does: SCRIPT-SOURCE-PAIR-VARIANT-SEED. A table stands in the page below its marker
 `<!-- table: NAME ... -->`; `TABLES` has the names. Scores come from the confusion matrices alone: mIoU over the classes that
@@ -31,14 +31,14 @@ Runs = dict[tuple[str, str, int], dict]                     # (script, variant, 
 
 
 class Step(NamedTuple):
-    """A row of the tables: the stage of a method, and the control that it differs from in the method's terms alone."""
+    """A row of the tables: the stage of a method, and its control, which differs only in the method's terms."""
 
     method: str
     name: str
     run: str                                                 # script, variant, stage
     control: str
     network: str
-    main: bool = False                                       # stands in the table of gains
+    main: bool = False                                       # whether it is in the table of gains
 
 
 STEPS = (
@@ -61,20 +61,20 @@ TARGET = {"v2": "fada target source", "v3+": "c2f target step0"}
 
 
 def paired(method: dict[int, float], control: dict[int, float]) -> list[float]:
-    """Differences method - control of the seeds that both have, in the order of the seeds. Args: seed -> score."""
+    """Differences method - control, for the seeds that both have, in the order of the seeds. Args: seed -> score."""
     return [method[seed] - control[seed] for seed in sorted(method.keys() & control.keys())]
 
 
 def gap_share(method: dict[int, float], control: dict[int, float], target: dict[int, float]) -> float | None:
-    """The share of the way from control to target only that a method goes: mean of method - control over mean of target -
-    control, over the seeds that all three have. Args: seed -> score. Returns: None without such seeds or such a way."""
+    """The share of the gap between control and target only that a method closes: sum of method - control over sum of target -
+    control, over the seeds that all three have. Args: seed -> score. Returns: None without such seeds or without a gap."""
     seeds = method.keys() & control.keys() & target.keys()
     way = sum(target[seed] - control[seed] for seed in seeds)
     return sum(method[seed] - control[seed] for seed in seeds) / way if way > 0 else None
 
 
 def class_scores(matrix: list[list[int]]) -> list[float | None]:
-    """IoU in percent of each class, from a confusion matrix with labels as rows; None for a class that no label has."""
+    """IoU in percent of each class, from a confusion matrix with labels as rows; None for a class that is in no label."""
     matrix = torch.tensor(matrix)
     return [100 * score if count else None for score, count in zip(metrics.iou(matrix).tolist(), matrix.sum(dim=1).tolist())]
 
@@ -103,7 +103,8 @@ def mean_and_range(values: list[float], digits: int = 1, sign: str = "+") -> str
     """Mean, and the lowest and the highest: "+1.5 (+0.2 to +2.1)", with sign "" "1.5 (0.2 to 2.1)"."""
     if not values:
         return "-"
-    mean, low, high = (f"{round(of(values), digits) + 0.0:{sign}.{digits}f}" for of in (statistics.fmean, min, max))  # no -0.0
+    mean, low, high = (f"{round(statistic(values), digits) + 0.0:{sign}.{digits}f}"                # + 0.0: never -0.0
+                       for statistic in (statistics.fmean, min, max))
     return f"{mean} ({low} to {high})" if len(values) > 1 else mean
 
 
@@ -161,20 +162,21 @@ def per_class(pairs: dict[str, Runs], name: str, method: str) -> str:
     classes = next((run["classes"] for run in runs.values()), [])
     columns = {row: {seed: class_scores(matrix) for seed, matrix in matrices(runs, row).items()}
                for row in {SOURCE[steps[0].network], *(row for step in steps for row in (step.run, step.control))}}
-    tested = [found for seeds in columns.values() for found in seeds.values()]
-    occur = [k for k in range(len(classes)) if any(found[k] is not None for found in tested)]
+    tested = [seed_scores for seeds in columns.values() for seed_scores in seeds.values()]
+    occur = [k for k in range(len(classes)) if any(seed_scores[k] is not None for seed_scores in tested)]
 
-    def of(row: str, k: int) -> dict[int, float]:
-        return {seed: found[k] for seed, found in columns[row].items()}
+    def of_class(row: str, k: int) -> dict[int, float]:
+        return {seed: seed_scores[k] for seed, seed_scores in columns[row].items()}
 
     head, rows = ["class", "source only"], []
     for step in steps:
         head += [f"control, {step.name}", step.name, "gain"]
     for k in occur:
-        rows.append([classes[k], mean_text(list(of(SOURCE[steps[0].network], k).values()))])
+        rows.append([classes[k], mean_text(list(of_class(SOURCE[steps[0].network], k).values()))])
         for step in steps:
-            own, control = of(step.run, k), of(step.control, k)
-            rows[-1] += [mean_text(list(control.values())), mean_text(list(own.values())), mean_and_range(paired(own, control))]
+            adapted, control = of_class(step.run, k), of_class(step.control, k)
+            rows[-1] += [mean_text(list(control.values())), mean_text(list(adapted.values())),
+                         mean_and_range(paired(adapted, control))]
     return markdown(head, rows)
 
 
@@ -183,13 +185,13 @@ def curve(pairs: dict[str, Runs], name: str) -> str:
     points = {f"{script} {variant}, seed {seed}": {line["iteration"]: line["miou"]["mIoU present"] for line in run["log"]
                                                    if "mIoU present" in line.get("miou", {})}
               for (script, variant, seed), run in sorted(pairs.get(name, {}).items())}
-    iterations = sorted({iteration for found in points.values() for iteration in found})
-    return markdown(["iteration", *points], [[str(iteration), *(f"{found[iteration]:.1f}" if iteration in found else "-"
-                                                                for found in points.values())] for iteration in iterations])
+    iterations = sorted({iteration for column in points.values() for iteration in column})
+    return markdown(["iteration", *points], [[str(iteration), *(f"{column[iteration]:.1f}" if iteration in column else "-"
+                                                                for column in points.values())] for iteration in iterations])
 
 
 def label_quality(matrix: list[list[int]]) -> tuple[list[float], list[float], list[list[float | None]]]:
-    """How good pseudo labels are. Args: counts of (label, pseudo label), (K, K + 1), the last column for pixels without one.
+    """The quality of pseudo labels. Args: counts of (label, pseudo label), (K, K + 1); last column: pixels without one.
     Returns: all in percent: accuracy of the labelled pixels; coverage, the labelled share of the pixels that have a true
     label; for each class [accuracy of its pseudo labels, share of its pixels that have any], None for 0 / 0."""
     K, total = len(matrix), sum(map(sum, matrix))
@@ -202,12 +204,12 @@ def label_quality(matrix: list[list[int]]) -> tuple[list[float], list[float], li
 
 
 def diagnoses(runs: Runs, kind: str) -> dict[tuple[str, str, str], list]:
-    """(script, variant, folder of labels or stage) -> what tests/diagnose.py found, in the order of the seeds."""
-    found: dict[tuple[str, str, str], list] = {}
+    """(script, variant, folder of labels or stage) -> results of tests/diagnose.py, in the order of the seeds."""
+    measured: dict[tuple[str, str, str], list] = {}
     for (script, variant, _), run in sorted(runs.items()):
         for name, value in run.get("diagnosis", {}).get(kind, {}).items():
-            found.setdefault((script, variant, name), []).append(value)
-    return found
+            measured.setdefault((script, variant, name), []).append(value)
+    return measured
 
 
 def labels(pairs: dict[str, Runs], name: str) -> str:
@@ -223,34 +225,35 @@ def labels(pairs: dict[str, Runs], name: str) -> str:
 def label_classes(pairs: dict[str, Runs], name: str) -> str:
     """Accuracy / coverage of pseudo labels per class, means over the seeds."""
     runs = pairs.get(name, {})
-    found = {title: [label_quality(matrix)[2] for matrix in matrices] for title, matrices in diagnoses(runs, "labels").items()}
+    qualities = {title: [label_quality(matrix)[2] for matrix in matrices]
+                 for title, matrices in diagnoses(runs, "labels").items()}
     rows = []
     for k, of_class in enumerate(next((run["classes"] for run in runs.values()), [])):
         cells = [[[x for x in column if x is not None] for column in zip(*(classes[k] for classes in seeds))]
-                 for seeds in found.values()]
+                 for seeds in qualities.values()]
         if any(coverage for _, coverage in cells):
             rows.append([of_class, *(f"{mean_text(accuracy)} / {mean_text(coverage)}" for accuracy, coverage in cells)])
-    return markdown(["class: accuracy / coverage", *map(" ".join, found)], rows)
+    return markdown(["class: accuracy / coverage", *map(" ".join, qualities)], rows)
 
 
 def features(pairs: dict[str, Runs], name: str) -> str:
-    """Class center distances, and what the discriminators get right, of each stage's model."""
+    """Class center distances and the discriminators' accuracies, of each stage's model."""
     rows, runs = [], pairs.get(name, {})
-    own = {(script, variant, stage) for (script, variant, _), run in runs.items() for stage in run["stages"]}
-    for title, found in [item for item in diagnoses(runs, "features").items() if item[0] in own]:
-        ccd = [[entry["class center distance"][domain] for entry in found] for domain in ("source", "target", "both")]
-        right = [entry["discriminator"] for entry in found if "discriminator" in entry]
+    trained = {(script, variant, stage) for (script, variant, _), run in runs.items() for stage in run["stages"]}
+    for title, entries in [item for item in diagnoses(runs, "features").items() if item[0] in trained]:
+        ccd = [[entry["class center distance"][domain] for entry in entries] for domain in ("source", "target", "both")]
+        right = [entry["discriminator"] for entry in entries if "discriminator" in entry]
         rows.append([" ".join(title), *(mean_and_range(values, 2, "") for values in ccd),
                      *(mean_text([100 * entry[domain] for entry in right]) for domain in ("source", "target"))])
     return markdown(["model", "CCD, source", "CCD, target", "CCD, both", "D right, source", "D right, target"], rows)
 
 
 def distances(pairs: dict[str, Runs], name: str) -> str:
-    """Target features and the anchors or centres of a stage, with the model before it and after it."""
+    """Distances of target features to a stage's anchors or centres, with the model before the stage and after it."""
     rows = []
-    for (script, variant, stage), found in diagnoses(pairs.get(name, {}), "features").items():
-        for which in [which for which in found[0] if which.endswith((", before", ", after"))]:
-            values = [[entry[which][key] for entry in found] for key in ("own", "other", "right")]
+    for (script, variant, stage), entries in diagnoses(pairs.get(name, {}), "features").items():
+        for which in [which for which in entries[0] if which.endswith((", before", ", after"))]:
+            values = [[entry[which][key] for entry in entries] for key in ("own", "other", "right")]
             shares = [own / other for own, other in zip(*values[:2])]
             rows.append([f"{script} {variant}, {which}: {stage}", *(mean_and_range(x, 2, "") for x in (*values[:2], shares)),
                          mean_and_range([100 * x for x in values[2]], sign="")])
@@ -262,12 +265,12 @@ TABLES = {"gains": gains, "rows": all_rows, "classes": per_class, "curve": curve
 
 
 def filled(text: str, pairs: dict[str, Runs]) -> str:
-    """A page with the lines of each table replaced by what the JSON files say. Raises: UserError for an unknown name."""
-    def table(found: re.Match) -> str:
-        name, *args = found[2].split()
+    """A page in which each table is computed again from the JSON files. Raises: UserError for an unknown name."""
+    def table(marker: re.Match) -> str:
+        name, *args = marker[2].split()
         if name not in TABLES:
             raise UserError(f"there is no table {name!r}; the tables are {', '.join(TABLES)}")
-        return found[1] + TABLES[name](pairs, *args)
+        return marker[1] + TABLES[name](pairs, *args)
 
     text = re.sub(r"(<!-- table: (.+?) -->\n)(?:\|.*\n)*", table, text)
     begin, end = "<!-- results: begin -->\n", "<!-- results: end -->"
@@ -298,7 +301,7 @@ def draw(pairs: dict[str, Runs], path: Path) -> None:
 
 
 def run_name(folder: Path, config: dict) -> tuple[str, str]:
-    """Pair and variant of a run folder. Raises: UserError for one that is named otherwise."""
+    """Pair and variant of a run folder. Raises: UserError for another form of name."""
     name = re.fullmatch(rf"{config.get('method')}-{config.get('source')}-([^-]+)-(.+)-{config.get('seed')}", folder.name)
     if not config or not name:
         raise UserError(f"{folder} is no run folder named SCRIPT-SOURCE-PAIR-VARIANT-SEED, as common/results.py names them")
@@ -309,11 +312,11 @@ def collect(folder: Path, results: Path, pair: str | None = None) -> Path | None
     """Write results/PAIR/SCRIPT-VARIANT-SEED.json: what the page needs of a run folder, without paths of this machine.
 
     Returns: the file; None for a run without a finished stage. Raises: UserError for another name and other test images."""
-    config, found = read_json(folder / "config.json"), read_json(folder / "results.json")
-    script, (own, variant) = config.get("method"), run_name(folder, config)
-    if not found:
+    config, stages = read_json(folder / "config.json"), read_json(folder / "results.json")
+    script, (named_pair, variant) = config.get("method"), run_name(folder, config)
+    if not stages:
         return None
-    images, pair = config.get("images", {}).get("target val"), pair or own
+    images, pair = config.get("images", {}).get("target val"), pair or named_pair
     for other in (results / pair).glob("*-*.json"):
         if images and read_json(other)["images"] not in (images, None):
             raise UserError(f"{folder} was tested on other images than {other}: give it another --pair, or remove the file")
@@ -326,9 +329,9 @@ def collect(folder: Path, results: Path, pair: str | None = None) -> Path | None
         "script": script, "pair": pair, "variant": variant, "seed": config["seed"], "settings": settings,
         "lengths": config.get("lengths"), "images": images,
         "made": {key: config.get("made", {}).get(key) for key in ("torch", "torchvision", "commit", "date")},
-        "classes": list(next(iter(next(iter(found.values())).values()))["iou"]),
+        "classes": list(next(iter(next(iter(stages.values())).values()))["iou"]),
         "stages": {stage: {test: {key: value for key, value in entry.items() if key != "iou"} for test, entry in tests.items()}
-                   for stage, tests in found.items()},
+                   for stage, tests in stages.items()},
         "log": [line for line in log if "rate" not in line or line is last[line["stage"]]]}
     path = results / pair / f"{script}-{variant}-{config['seed']}.json"
     write(path, content)

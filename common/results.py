@@ -1,14 +1,14 @@
-"""A queue of runs, over seeds and variants, as a user would start them, and the table of what they reach.
+"""Run the variants of a script with several seeds, as a user would start them, and print the table of their scores.
 
     python -m common.results                                 FADA on the toy city, seeds 0 1 2
     python -m common.results fada --name own --jobs 2 -- --data PATH --init PATH --backbone resnet18 ...
     python -m common.results pair --name i2c --jobs 2 -- --data PATH --init resnet18.pth      all runs of docs/results.md
     python -m common.results pair --name i2c --show -- --data PATH --init resnet18.pth        what is finished
 
-What stands behind `--` goes to every run; nothing there means --toy. The rows are those of `RESULTS`: row -> (stages, flags);
+Flags after `--` go to every run; without any, each run has --toy. The rows are those of `RESULTS`: row -> (stages, flags);
 `{row}` in the flags is the run folder of an earlier row with the same seed. Rows with the same flags are stages of one run.
-Start the same line again to go on: runs that are finished are not started, interrupted ones resume. With --jobs N, N runs go
-side by side, each on its share of the cores. Where a run fails, those that need it are left out and the others go on.
+Start the same line again to continue: finished runs are not repeated, interrupted ones resume. With --jobs N, N runs train side
+by side, each on its share of the cores. If a run fails, runs that need it are skipped and the others continue.
 """
 
 from __future__ import annotations
@@ -130,7 +130,7 @@ class Job(NamedTuple):
 
     @property
     def state(self) -> str:
-        """Finished, begun or open; how long its iterations took, also those of earlier starts; the folder's name."""
+        """Finished, begun or open; how long its iterations took, over all starts; the folder's name."""
         seconds, before = 0.0, {}
         for line in read_log(self.folder):
             if "seconds" in line:
@@ -142,7 +142,7 @@ class Job(NamedTuple):
 
 @command
 def main(argv: list[str] | None = None) -> None:
-    """Read the flags, run what is not finished, print the table."""
+    """Read the flags, train the unfinished runs, print the table."""
     argv = list(sys.argv[1:] if argv is None else argv)
     cut = argv.index("--") if "--" in argv else len(argv)
     parser = argparse.ArgumentParser(prog="python -m common.results", allow_abbrev=False, description=__doc__,
@@ -150,12 +150,12 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("method", nargs="?", default="fada", help="a script's name without .py, or pair [%(default)s]")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--name", default="toy", help="first part of the run folders' tags [%(default)s]")
-    parser.add_argument("--rows", nargs="+", help="only these rows, and what they start from")
+    parser.add_argument("--rows", nargs="+", help="only these rows, and those that they start from")
     parser.add_argument("--runs", default="runs", help="folder that holds the run folders")
     parser.add_argument("--mean", default="mIoU present", help="which mean of results.json the table shows")
-    parser.add_argument("--margin", default="2.3", help="CAG's in the rows of pair; tests/diagnose.py has it [%(default)s]")
+    parser.add_argument("--margin", default="2.3", help="CAG's in the rows of pair, by tests/diagnose.py [%(default)s]")
     parser.add_argument("--jobs", type=int, default=1, help="runs side by side")
-    parser.add_argument("--show", action="store_true", help="only list the runs: what is finished, in which time")
+    parser.add_argument("--show", action="store_true", help="only list the runs: state, minutes, folder")
     args, extra = parser.parse_args(argv[:cut]), argv[cut + 1:] or ["--toy"]
     sys.path.insert(0, os.getcwd())                          # the scripts lie beside common/
     if args.method not in RESULTS:
@@ -167,7 +167,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.show:
         return print("\n".join(job.state for job in jobs.values()))
     if failed := work(jobs, args.jobs):
-        raise UserError(f"{', '.join(failed)} failed; fix it and start again: what is finished is kept")
+        raise UserError(f"{', '.join(failed)} failed; fix it and start again: finished stages are not repeated")
     results = {}
     for row, (stages, _) in rows.items():
         for stage in stages.split() if row in (args.rows or rows) else ():
@@ -182,12 +182,12 @@ def first_of(rows: dict[str, tuple[str, str]], row: str) -> str:
 
 
 def queue(args, extra: list[str]) -> dict[tuple[str, int], Job]:
-    """The runs of the wanted rows and of those that they start from, in order: (row that names the run, seed) -> run.
+    """The runs of the chosen rows and of those that they start from, in order: (row that names the run, seed) -> run.
 
     Raises: UserError for a run folder with other settings, and for rows of "pair" without --init."""
     rows, jobs = RESULTS[args.method], {}
     wanted = {first_of(rows, row) for row in args.rows or rows}
-    for row in reversed(rows):                               # what a row starts from stands before it
+    for row in reversed(rows):                               # a row's start comes before it
         if row in wanted:
             wanted |= set(re.findall(r"\{(.+?)\}", rows[row][1])) & set(rows)
     known = {"margin": args.margin, "init": dict(zip(extra, extra[1:])).get("--init")}
@@ -225,7 +225,7 @@ def check_settings(script: str, argv: list[str]) -> Path:
 
 
 def work(jobs: dict[tuple[str, int], Job], side_by_side: int) -> list[str]:
-    """Run what is not finished, as far as what it starts from is. Returns: the folders of the runs that failed."""
+    """Train each unfinished run once the runs that it starts from are finished. Returns: folders of the failed runs."""
     number = {key: k for k, key in enumerate(jobs, 1)}
 
     def tell(key: tuple[str, int], what: str) -> None:
@@ -254,7 +254,7 @@ def work(jobs: dict[tuple[str, int], Job], side_by_side: int) -> list[str]:
 
 
 def start(job: Job, side_by_side: int) -> bool:
-    """Run the stages that are not finished, each by a start of the script. Returns: whether all went well."""
+    """Train the unfinished stages of a run, each by a start of the script. Returns: whether all succeeded."""
     threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // side_by_side))} if side_by_side > 1 else {}
     for stage in [stage for stage in job.stages if stage not in read_json(job.folder / "results.json")]:
         line = [sys.executable, f"{job.script}.py", *job.argv, "--stage", stage]
@@ -265,8 +265,8 @@ def start(job: Job, side_by_side: int) -> bool:
 
 
 def table(results: dict[str, list[dict]], mean: str, gap: bool) -> str:
-    """Mean over the seeds, sample standard deviation and, with `gap`, the share closed of what lies between the first and
-    the last row, as Markdown."""
+    """Mean over the seeds, sample standard deviation and, with `gap`, the share of the gap between the first and the last row
+    that each row closes, as Markdown."""
     lines = [f"| | {mean} | each seed | gap closed |", "|---|---|---|---|"]
     scores = {row: [100 * result["single-scale"][mean] for result in entries] for row, entries in results.items()}
     means = {row: statistics.mean(values) for row, values in scores.items()}

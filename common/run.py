@@ -1,6 +1,6 @@
-"""A run: its folder, log and checkpoints, and the iteration loop that survives being killed. Nothing here knows a method.
+"""A run: its folder, log and checkpoints, and the iteration loop that survives being killed. Nothing here depends on a method.
 
-    model = run.network("v2")                                   # of --from, or of the last stage that is finished
+    model = run.network("v2")                                   # weights of the last finished stage or of --from
     if run.pending("source"):
         state = {"model": model, "optimizer": optimizer}
         for it, (x, y) in run.stage("source", cfg.source_iterations, state, source, batch_size=cfg.batch_size):
@@ -35,7 +35,7 @@ from common.deeplab import DeepLab, Structure, build_model, make_network
 from common.distributed import any_process, barrier, broadcast_buffers, choose_device, gather_objects, join, sum_over_processes
 from common.files import UserError, load, lock, progress, read_json, read_log, write_atomically, write_json, writing
 
-REMEDY = "try a lower --lr or --amp none under a new --tag"     # against values that are not finite
+REMEDY = "try a lower --lr or --amp none under a new --tag"     # for values that are not finite
 
 
 @dataclass
@@ -46,23 +46,23 @@ class Options:
     target: str = option("cityscapes", "cityscapes, crosscity, or a set of your own")
     city: str = option("Rome", "city of Cross-City", choices=("Rome", "Rio", "Tokyo", "Taipei"))
     backbone: str = option("resnet101", "encoder; vgg16: v2 only", choices=("resnet101", "resnet50", "resnet18", "vgg16"))
-    freeze_bn: str = option("auto", "frozen batch norm; affine: the encoder's, but for its statistics; auto: encoder, or none "
+    freeze_bn: str = option("auto", "frozen batch norm; affine: the encoder's, except statistics; auto: encoder, or none "
                             "with --init none", choices=("auto", "all", "encoder", "affine", "none"))
     source_size: Size | None = option(None, "source images are resized to it; automatic: the script's size for the domain")
-    target_size: Size | None = option(None, "target images are resized to it, also in the test; automatic: likewise")
+    target_size: Size | None = option(None, "the same for target images, also in tests; automatic: the script's size")
     crop: Size | None = option(None, "random crop of both domains in training; automatic: none")
     data: str = option("data", "folder that holds gta5/, cityscapes/, ...", defines_run=False)
     target_data: str | None = option(None, "folder that holds the target; automatic: --data", defines_run=False)
-    label_ids: str = option("ids", "what label files hold: the data set's ids, or Cityscapes' train ids, in one domain or both",
+    label_ids: str = option("ids", "content of label files: the data set's ids, or Cityscapes' train ids in one domain or both",
                             choices=("ids", "train", "source-train", "target-train"))
     classes: str | None = option(None, "JSON file of your own classes, see docs/data.md; automatic: Cityscapes'")
-    source_images: str | None = option(None, "take the source images from this folder instead (same file names)")
+    source_images: str | None = option(None, "folder with other source images of the same file names")
     init: str = option("imagenet", "initial weights: imagenet, none, or a file")
     branches: int | None = option(None, "branches that the head of an --init or --from file sums: 2 in AdaptSegNet and SIM, 4 "
                                   "in ADVENT, BDL, FDA; automatic: 2 where the others were never trained", choices=(2, 4))
     input: str | None = option(None, "input of the network in an --init file or a published --from file: channels and range; "
-                               "automatic: as the file's names tell", choices=("imagenet", "rgb", "rgb255", "bgr255"))
-    entry: str | None = option(None, "entry of such a file that holds the network, where there are several: ema, teacher, ...")
+                               "automatic: from the names in the file", choices=("imagenet", "rgb", "rgb255", "bgr255"))
+    entry: str | None = option(None, "name of the network in a file that holds several: ema, teacher, ...")
     partial_init: bool = option(False, "accept an --init file that lacks weights of the encoder")
     target_labels: bool = option(False, "train the first stage on the labelled target: an upper bound, not adaptation")
     runs: str = option("runs", "folder that holds the run folders", defines_run=False)
@@ -74,11 +74,11 @@ class Options:
     channels_last: bool | None = option(None, "keep images and weights channels-last in memory; automatic: with bf16 on CUDA")
     workers: int | None = option(None, "processes that load images; 0 loads in the main process; automatic: one per CPU core, "
                                  "at most 4", low=0, defines_run=False)
-    eval_every: int = option(0, "also evaluate every so many iterations; 0: only after a stage", low=0, defines_run=False)
+    eval_every: int = option(0, "iterations between two evaluations in a stage; 0: only after it", low=0, defines_run=False)
     log_every: int = option(50, "iterations between two log lines", low=1, defines_run=False)
     save_every: int = option(500, "iterations between two checkpoints for resuming", low=1, defines_run=False)
     stage: str | None = option(None, "run only this stage", defines_run=False)
-    from_: str | None = option(None, "start after the stage that this checkpoint finished; a published one: after the first")
+    from_: str | None = option(None, "start after the stage that this checkpoint finished; published ones: after the first")
     eval: bool = option(False, "only evaluate the last stage, or --from, or --init", defines_run=False)
     predict: str | None = option(None, "only predict the images of this folder, as --eval would, into --out", defines_run=False)
     out: str | None = option(None, "folder of --predict's label-id PNGs and overlays", defines_run=False)
@@ -93,8 +93,8 @@ class Run:
 
     Args:
         method: the script's name; cfg, options: what `cli.parse` gave; stages: name -> iterations, in order; 0 leaves a stage
-            out; None where the number of images decides: `run.lengths` gets it before the first stage.
-        sizes: data set -> the size of its images where no flag gives one; None or absent: their own.
+            out; None: depends on the number of images, and is set in `run.lengths` before the first stage.
+        sizes: data set -> size of its images if no flag gives one; None or absent: the images' own size.
         largest_scale: of the random resize in training, against which the crop is checked.
     Raises: UserError for settings that make no sense or differ from the folder's, and for a device that is unavailable.
     """
@@ -107,19 +107,19 @@ class Run:
         self.cfg, self.options, self.method, self.stages = cfg, options, method, tuple(self.lengths)
         self.sizes = {"source": options.source_size or (sizes or {}).get(options.source),
                       "target": options.target_size or (sizes or {}).get(options.target)}
-        self.folder, asked = start.run_folder(method, options), options.amp
+        self.folder, given_amp = start.run_folder(method, options), options.amp
         start.check_settings(options, self.stages, self.sizes, largest_scale, self.folder)
         self.device = choose_device(options.device)
         self.rank, self.world = join()
         self._losses: list[dict[str, Tensor]] = []
         self._watched = self._asked_to_stop = self._base = self._keep = None     # _asked_to_stop: when, by which signal
-        self.sets: dict[str, data.SegmentationDataset] = {}          # "source train" ... -> the first that was asked for
-        self.inspected: set[str] = set()                             # those that `checks.inspect` has looked at
+        self.sets: dict[str, data.SegmentationDataset] = {}          # "source train" ... -> the first one made
+        self.inspected: set[str] = set()                             # those that `checks.inspect` has checked
         if not options.eval:
             self._lock = lock(self.folder) if self.rank == 0 else None
             barrier()
         start.check_config(self)
-        start.introduce(self, asked)
+        start.introduce(self, given_amp)
         if options.from_:
             from common import published  # only weights of another run or project need it
             self._base = published.read_checkpoint(options.from_, self.stages[0], options.branches, options.entry)
@@ -127,7 +127,7 @@ class Run:
         self._board = start.tensorboard(self.folder) if options.tensorboard and not options.eval and self.rank == 0 else None
 
     def pending(self, stage: str) -> bool:
-        """Whether this start has a stage to train or to evaluate."""
+        """Whether this start must train or evaluate a stage."""
         if stage not in self.selected or self.options.eval:
             return False
         if not self._has(f"{stage}.pt") or gather_objects(stage not in self.results())[0]:
@@ -140,8 +140,8 @@ class Run:
         return False
 
     def once(self, stage: str, what: str, compute: Callable[[], dict]) -> dict:
-        """What `compute()` returns, tensors and plain values by name: called by the first start that comes here, and read from
-        `<stage>-<what>.pt` by the others."""
+        """The result of `compute()`, a dict of tensors and plain values. The first start computes it and writes it to
+        `<stage>-<what>.pt`; later starts read that file."""
         path = self.folder / f"{stage}-{what}.pt"
         if not self._has(path.name):
             from common.start import check_nothing_is_stale
@@ -150,15 +150,15 @@ class Run:
         return load(path, remedy="delete it, and last.pt if there is one, to compute it again")
 
     def stage(self, name: str, iterations: int, state: dict, *datasets, batch_size: int, note: dict | None = None):
-        """Yield `(iteration, batch, ...)` for the iterations that this stage still has to do.
+        """Yield `(iteration, batch, ...)` for each remaining iteration of a stage.
 
         Args:
             name: decides the random streams and the checkpoint's name.
             iterations: the stage's length, also the horizon of the poly rate.
-            state: everything that must survive: modules and optimizers (anything with `state_dict`).
-            datasets: each gives a batch `(image, label, *maps)` of batch_size images on the device; note: for the log.
+            state: everything that a checkpoint must hold: modules and optimizers (anything with `state_dict`).
+            datasets: each gives a batch `(image, label, *maps)` of batch_size images on the device; note: first log line.
         """
-        if self._has(f"{name}.pt"):                                 # killed before its evaluation
+        if self._has(f"{name}.pt"):                                 # trained, but not evaluated
             restore(self._checkpoint(name)["state"], state)
             (self.folder / "last.pt").unlink(missing_ok=True)
             return
@@ -167,12 +167,12 @@ class Run:
         loaders = [data.training_loader(dataset, batch_size, iterations, data.derive_seed(self.options.seed, name, k), start,
                                         self.options.workers, self.device.type == "cuda", self.rank, self.world)
                    for k, dataset in enumerate(datasets)]
-        def keep() -> None:
+        def save() -> None:
             self._flush(name, self._done, iterations, optimizers)
             self._save("last", name, self._done, iterations, state)
             self._saved = self._done
 
-        self._losses, self._last, self._done, self._saved, self._keep = [], time.monotonic(), start, start, keep
+        self._losses, self._last, self._done, self._saved, self._keep = [], time.monotonic(), start, start, save
         with self._stop_signals(*loaders) as rows:
             for it, batches in zip(range(start, iterations), rows, strict=False):
                 stop = self._evaluate_during(name, it)
@@ -185,7 +185,7 @@ class Run:
                     stop, it = any_process(self._asked_to_stop), it + 1
                 self._done = it
                 if stop or (it % self.options.save_every == 0 and it < iterations):
-                    keep()
+                    save()
                 elif it % self.options.log_every == 0 or it == iterations:
                     self._flush(name, it, iterations, optimizers)
                 if stop:
@@ -195,7 +195,7 @@ class Run:
         (self.folder / "last.pt").unlink(missing_ok=True)
 
     def report(self, **losses: Tensor) -> None:
-        """Note this iteration's losses (0-d tensors). They are checked, and logged, every `--log-every` iterations."""
+        """Record this iteration's losses (0-d tensors). They are checked and logged every `--log-every` iterations."""
         self._losses.append({name: loss.detach() for name, loss in losses.items()})
 
     def watch(self, model: nn.Module, dataset) -> None:
@@ -204,7 +204,7 @@ class Run:
 
     def sweep(self, what: str, dataset, shared: bool = True):
         """Yield `(image, label, names, *maps)` once for each image of a dataset, one at a time, on the device. With `shared`,
-        each of several processes gets its part; after the last image all have done theirs."""
+        the processes divide the images. All processes wait for each other at the end."""
         rank, world = (self.rank, self.world) if shared else (0, 1)
         loader = data.sweep_loader(dataset, self.options.workers, self.device.type == "cuda", rank, world)
         with self._stop_signals(loader) as rows:
@@ -216,8 +216,8 @@ class Run:
 
     def images(self, domain: str, split: str, labels: bool = True, augment: data.Augment = data.Augment(),  # noqa: B008
                transform=None, size: Size | None = None) -> data.SegmentationDataset:
-        """The images of a domain, "source" or "target", as the flags say, of its size or another. Those of the target's "val"
-        need no labels: then there is nothing to evaluate."""
+        """The images of a domain, "source" or "target", that the flags name, resized to `size` or to the domain's size. The
+        target's "val" images may lack labels: then nothing is evaluated."""
         from common import layouts, start
         if self.options.predict:
             from common import predict  # only --predict needs it
@@ -228,8 +228,8 @@ class Run:
         return dataset
 
     def network(self, kind: str | Callable, fresh: bool = False) -> DeepLab:
-        """DeepLab "v2", "v3+" or one's own (docs/network.md), on the device, with --freeze-bn. Its weights are those of the
-        last finished stage or --from; of --init where there is neither, and always with `fresh`. `run.latest` names them."""
+        """DeepLab "v2", "v3+" or your own network (docs/network.md), on the device, with --freeze-bn. Its weights are those of
+        the last finished stage or --from; without these, and always with `fresh`, of --init. `run.latest` names them."""
         self.seed("model")
         from common import checks
         options, (self.latest, content) = self.options, ("", {}) if fresh else self._latest()
@@ -264,9 +264,9 @@ class Run:
 
     def place(self, x):
         """Move a module or a tensor to the run's device, and a module or images to its memory format."""
-        last = self.options.channels_last and (isinstance(x, nn.Module) or x.dim() == 4)
-        how = torch.channels_last if last else torch.preserve_format
-        return x.to(self.device, non_blocking=True, memory_format=how)
+        channels_last = self.options.channels_last and (isinstance(x, nn.Module) or x.dim() == 4)
+        layout = torch.channels_last if channels_last else torch.preserve_format
+        return x.to(self.device, non_blocking=True, memory_format=layout)
 
     def autocast(self):
         """The context for forward passes: bfloat16 with --amp bf16, nothing otherwise."""
@@ -274,7 +274,7 @@ class Run:
 
     @property
     def float64_device(self) -> torch.device:
-        """The device, or the CPU where it is Apple's, which has no float64."""
+        """The device, or the CPU if the device is Apple's, which has no float64."""
         return torch.device("cpu") if self.device.type == "mps" else self.device
 
     def evaluate(self, name: str, model: nn.Module, dataset, tests: dict[str, dict]) -> None:
@@ -288,9 +288,9 @@ class Run:
             return dataset.write(self, name, model, next(iter(tests.values())))
         checks.inspect(self)
         results = {**({} if self.options.eval else self.results()), name: {} if dataset.labelled else None}
-        for test, how in tests.items() if dataset.labelled else ():
+        for test, view in tests.items() if dataset.labelled else ():
             with self.autocast():
-                matrix = metrics.evaluate(model, self.sweep(f"{name}, {test}", dataset), len(self.classes), self.device, **how)
+                matrix = metrics.evaluate(model, self.sweep(f"{name}, {test}", dataset), len(self.classes), self.device, **view)
             results[name][test] = metrics.summary(matrix, self.classes)
         if not self.options.eval and self.rank == 0:
             with self.autocast():
@@ -303,7 +303,7 @@ class Run:
             with contextlib.suppress(ImportError):               # without matplotlib
                 from common import curves
                 curves.draw([self.folder], self.folder / "curves.png")
-            write_json(self.folder / "results.json", results)    # last: with it, the stage counts as done
+            write_json(self.folder / "results.json", results)    # last: it marks the stage as evaluated
         barrier()
         self._print_table(results)
 
@@ -312,7 +312,7 @@ class Run:
         return read_json(self.folder / "results.json")
 
     def draw(self, name: str, rows: list, titles: list[str], legend: bool = True) -> None:
-        """Write a contact sheet into the run's folder, with the classes' colours as its legend, and say so."""
+        """Write a contact sheet into the run's folder, with the classes' colours as its legend, and print its path."""
         if self.rank == 0:
             viz.contact_sheet(self.folder / name, rows, titles, self.classes if legend else None)
             print(f"pictures: {self.folder / name}", flush=True)
@@ -329,7 +329,7 @@ class Run:
                    for line in read_log(self.folder))
 
     def _evaluate_during(self, stage: str, it: int) -> bool:
-        """The evaluation that --eval-every wants before this iteration, unless the log has it. Returns whether to stop."""
+        """Evaluate before this iteration if --eval-every says so and the log has no result yet. Returns whether to stop."""
         due = self._watched and it and it % self.options.eval_every == 0
         if not due or gather_objects(self._has_point(stage, it))[0]:
             return False
@@ -340,7 +340,7 @@ class Run:
         images = itertools.takewhile(lambda _: not self._asked_to_stop, images)
         with self.autocast():
             matrix = metrics.evaluate(model, images, len(self.classes), self.device)
-        if any_process(self._asked_to_stop):                     # half a pass is no result: the next start repeats it
+        if any_process(self._asked_to_stop):                     # half a pass is discarded: the next start repeats it
             return True
         means = metrics.percent(metrics.summary(matrix, self.classes))
         self._log(stage=stage, iteration=it, miou=means)
@@ -349,7 +349,7 @@ class Run:
         return False
 
     def _flush(self, stage: str, done: int, iterations: int, optimizers: list) -> None:
-        """Stop on a loss since the last flush that is not finite; log and print the means."""
+        """Log and print each loss's mean since the last flush. Raises UserError if a loss is not finite."""
         if not self._losses:
             return
         names = list(self._losses[0])
@@ -374,18 +374,18 @@ class Run:
         self._print(f"{stage} {done}/{iterations}  {losses}  rate {rate:.2e}  {seconds:.2f} s/it  {left} left")
 
     def _save(self, file: str, stage: str, iteration: int, iterations: int, state: dict) -> None:
-        """Write a checkpoint; only one for resuming holds optimizers."""
-        kept = {key: value for key, value in state.items()
+        """Write a checkpoint; that of a finished stage holds no optimizers."""
+        entries = {key: value for key, value in state.items()
                 if iteration < iterations or not isinstance(value, torch.optim.Optimizer)}
-        broadcast_buffers(*(value for value in kept.values() if isinstance(value, nn.Module)))
-        saved = {key: value.state_dict() for key, value in kept.items()}
+        broadcast_buffers(*(value for value in entries.values() if isinstance(value, nn.Module)))
+        saved = {key: value.state_dict() for key, value in entries.items()}
         for key, values in saved.items():
             if not all(x.isfinite().all() for x in values.values() if isinstance(x, Tensor) and x.is_floating_point()):
                 raise UserError(f"{key!r} holds values that are not finite after iteration {iteration} of stage {stage!r}, and "
                                 f"is not saved; {REMEDY}")
         self._write(self.folder / f"{file}.pt", {
             "method": self.method, "stage": stage, "iteration": iteration, "iterations": iterations, "state": saved,
-            "structure": {key: asdict(value.structure) for key, value in kept.items() if isinstance(value, DeepLab)},
+            "structure": {key: asdict(value.structure) for key, value in entries.items() if isinstance(value, DeepLab)},
             "config": to_json(self.cfg), "options": to_json(self.options)})
 
     def _write(self, path: Path, content: dict) -> None:
@@ -395,7 +395,7 @@ class Run:
         barrier()
 
     def _resume(self, stage: str, state: dict, note: dict | None) -> int:
-        """Restore `last.pt` if it is of this stage. Returns: the iteration to start with."""
+        """Restore `last.pt` if it belongs to this stage. Returns: the iteration to start with."""
         start, last = 0, self._checkpoint("last") if self._has("last.pt") else {}
         if last.get("stage") == stage:
             restore(last["state"], state)
@@ -404,7 +404,7 @@ class Run:
         else:
             from common.start import check_nothing_is_stale
             check_nothing_is_stale(self, stage, f"{stage}.pt")
-        if self.rank == 0:                                       # later lines are from after the checkpoint
+        if self.rank == 0:                                       # drop log lines from after the checkpoint
             end = start + (start > 0)
             lines = [line for line in read_log(self.folder) if line["stage"] != stage or line["iteration"] < end]
             text = "".join(json.dumps(line) + "\n" for line in lines).encode()
@@ -414,31 +414,31 @@ class Run:
         return start
 
     def _has(self, file: str) -> bool:
-        return gather_objects((self.folder / file).exists())[0]  # the first process's view: others' may be late, over a network
+        return gather_objects((self.folder / file).exists())[0]  # asked once: on a network disk, other processes may lag
 
     def _checkpoint(self, name: str) -> dict:
         """The checkpoint of this name in the run's folder; one of another script is refused."""
         path = self.folder / f"{name}.pt"
-        checkpoint = load(path, remedy="delete it to start again from what came before")
+        checkpoint = load(path, remedy="delete it to start from the previous checkpoint")
         if not isinstance(checkpoint, dict) or checkpoint.get("method") != self.method:
-            raise UserError(f"{path} does not fit: it is not of {self.method}.py; put its own back, or delete the folder")
+            raise UserError(f"{path} does not fit: it is not of {self.method}.py; restore the original, or delete the folder")
         return checkpoint
 
     def _latest(self) -> tuple[str, dict]:
-        """Name and content of the checkpoint from which this start goes on, or which it evaluates; {}: begin with --init."""
+        """Name and content of the checkpoint that this start continues from or evaluates; {}: begin with --init."""
         options = self.options
         last = self.stages.index(options.stage) + options.eval if options.stage else len(self.stages)
-        done = [stage for stage in self.stages[:last] if self._has(f"{stage}.pt")]
-        if self._base and (options.eval or not done):
+        finished = [stage for stage in self.stages[:last] if self._has(f"{stage}.pt")]
+        if self._base and (options.eval or not finished):
             return Path(options.from_).stem, self._base
-        checkpoint = self._checkpoint(done[-1]) if done else {}
+        checkpoint = self._checkpoint(finished[-1]) if finished else {}
         if options.eval and options.init not in ("imagenet", "none", checkpoint.get("options", {}).get("init")):
-            return "", {}                                        # evaluate this file, not what the run made of another
-        return (done[-1], checkpoint) if done else ("", {})
+            return "", {}                                        # evaluate this file, not a stage that began with another
+        return (finished[-1], checkpoint) if finished else ("", {})
 
     def _log(self, **record) -> None:
         """Append one line to log.jsonl: stage, iteration (how many are done) and, each --log-every iterations, rate, seconds
-        per iteration and each loss's mean; or miou (name of a mean -> percent); or, at 0, what was noted before the stage."""
+        per iteration and each loss's mean; or miou (name of a mean -> percent); or, at 0, the stage's `note`."""
         path = self.folder / "log.jsonl"
         if self.rank == 0:
             with writing(path), open(path, "a", encoding="utf-8") as file:
@@ -448,7 +448,7 @@ class Run:
                 self._board.add_scalar(f"{record['stage']}/{name}", value, record["iteration"])
 
     def _print(self, line: str) -> None:
-        """Print amid a stage. Where nobody reads any more, the run stops as if SIGPIPE had been handled."""
+        """Print during a stage. If the output is closed, the run stops as if it had received SIGPIPE."""
         try:
             print(line, flush=True)
         except OSError:
@@ -457,16 +457,16 @@ class Run:
 
     @contextlib.contextmanager
     def _stop_signals(self, *loaders):
-        """Yield the loaders' batches, and turn Ctrl-C and its like into a clean stop after the iteration under way. A signal
-        often comes twice, from a scheduler and from torchrun; one that comes seconds later ends the process at once."""
+        """Yield the loaders' batches, and turn SIGINT, SIGTERM and SIGHUP into a clean stop after the current iteration. A
+        signal often comes twice, from a scheduler and from torchrun; one that comes seconds later ends the process at once."""
         def ask_to_stop(number, frame):
             if not self._asked_to_stop:
                 self._asked_to_stop = time.monotonic(), number
-                what = "image; once more: stop now"
+                unit = "image; once more: stop now"
                 if self._keep:
-                    what = f"iteration; once more: stop now, losing {self._done + 1 - self._saved} iterations"
-                with contextlib.suppress(OSError):                   # not print: it may be what the signal has interrupted
-                    os.write(1, f"\nstopping after this {what}\n".encode() * (self.rank == 0))
+                    unit = f"iteration; once more: stop now, losing {self._done + 1 - self._saved} iterations"
+                with contextlib.suppress(OSError):                   # not print: the signal may have interrupted it
+                    os.write(1, f"\nstopping after this {unit}\n".encode() * (self.rank == 0))
             elif time.monotonic() - self._asked_to_stop[0] > 2:
                 signal.signal(number, signal.SIG_DFL)
                 os.kill(os.getpid(), number)
@@ -476,17 +476,17 @@ class Run:
         previous = {number: signal.signal(number, ask_to_stop) for number in numbers
                     if signal.getsignal(number) != signal.SIG_IGN}       # nohup ignores SIGHUP
         try:
-            rows = zip(*loaders, strict=True)                    # here torch sets its handler of SIGCHLD, which raises at any
-            if previous and hasattr(signal, "SIGCHLD"):          # moment, also while a file is written or an error is told
-                signal.signal(signal.SIGCHLD, signal.SIG_DFL)    # without it, a worker that was killed shows in the next batch
+            rows = zip(*loaders, strict=True)                    # here torch sets a SIGCHLD handler that may raise at any
+            if previous and hasattr(signal, "SIGCHLD"):          # moment, also while a file is written
+                signal.signal(signal.SIGCHLD, signal.SIG_DFL)    # without it, the next batch reports a killed worker
             yield self._or_keep(rows)
         finally:
             for number, handler in previous.items():
                 signal.signal(number, handler)
 
     def _or_keep(self, rows):
-        """The rows. Where one cannot be had (a damaged image, a worker that was killed), what is trained is saved first; not
-        with several processes, which do not come here together."""
+        """Yield the rows. If one fails (damaged image, killed worker), save the trained state first; not with several
+        processes, because they do not fail together."""
         try:
             yield from rows
         except Exception:

@@ -22,8 +22,8 @@ Which flags all scripts share, and which of these may change when a run continue
 SHARED = """
 ## Shared flags that define a run
 
-A run is continued only with the same values; another value needs another `--tag`. A flag that stands in a script's own table as
-well has the default given there.
+A run is continued only with the same values; another value needs another `--tag`. If a flag is also in a script's own
+table, its default is the one given there.
 """
 FREE = """
 ## Shared flags that may change when a run continues
@@ -43,7 +43,7 @@ def meaning(field: dataclasses.Field) -> str:
 
 
 def default(field: dataclasses.Field) -> str:
-    """A flag's default; "automatic" where its help says what that is, nothing where it is only absent."""
+    """A flag's default: "automatic" if its help explains it, nothing if there is no value."""
     return "" if field.default is None and "automatic" not in field.metadata["help"] else show(field.default)
 
 

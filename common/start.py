@@ -28,7 +28,7 @@ def run_folder(method: str, options) -> Path:
 
 
 def check_settings(options, stages: tuple[str, ...], sizes: dict, largest_scale: float, folder: Path) -> None:
-    """Refuse an invalid stage, export, upper bound or crop; decide --workers where it is left open. folder: of the run; other
+    """Refuse an invalid stage, export, upper bound or crop; set --workers if it is not given. folder: of the run; other
     arguments as for `Run`."""
     if options.workers is None:
         options.workers = min(4, os.cpu_count() or 1)
@@ -53,12 +53,12 @@ def check_settings(options, stages: tuple[str, ...], sizes: dict, largest_scale:
                             "smaller crop or larger images")
 
 
-def check_export(path: Path, own: Path) -> None:
-    """Refuse to overwrite files of a run by exported weights, which cannot resume it. own: the folder of this run."""
+def check_export(path: Path, current: Path) -> None:
+    """Refuse to overwrite a run's files by exported weights, which cannot resume it. current: the folder of this run."""
     if path.suffix == ".json":
         raise UserError(f"--export {path} is the name of the JSON file beside the weights: choose another suffix")
     for folder in path.resolve().parents:
-        if folder == own.resolve() or ((folder / "config.json").exists() and (folder / "log.jsonl").exists()):
+        if folder == current.resolve() or ((folder / "config.json").exists() and (folder / "log.jsonl").exists()):
             raise UserError(f"--export {path} lies in the run folder {folder}, whose files it needs: choose another folder")
     try:
         content = load(path) if path.exists() else None
@@ -77,7 +77,7 @@ def native_bf16(device: torch.device) -> bool:
 
 
 def choose_precision(options, device: torch.device, begun: dict) -> None:
-    """Decide --amp and --channels-last where they are left open, once per run. begun: config.json of a run that goes on."""
+    """Set --amp and --channels-last if they are not given, once per run. begun: config.json of a run that continues."""
     cuda = device.type == "cuda"
     if options.amp in ("auto", None):
         wanted = (cuda or options.amp == "auto") and native_bf16(device)
@@ -144,8 +144,8 @@ def select(run, base: dict | None) -> tuple[str, ...]:
         if base.get("iteration", 0) < base.get("iterations", 0):
             raise UserError(f"--from {path} is from the middle of stage {base['stage']!r}; start that run again to finish it")
         method = base.get("method", run.method)
-        own = method == run.method and base["stage"] in run.stages
-        first = run.stages.index(base["stage"]) + 1 if own else len(run.stages)
+        known = method == run.method and base["stage"] in run.stages
+        first = run.stages.index(base["stage"]) + 1 if known else len(run.stages)
         if first == len(run.stages) and not stage:
             raise UserError(f"--from {path} finished {base['stage']!r} of {method}.py, and no stage of this run follows: "
                             f"add --stage {' or '.join(run.stages)} to start from it, or --eval")
@@ -160,22 +160,22 @@ def select(run, base: dict | None) -> tuple[str, ...]:
 def check_nothing_is_stale(run, stage: str, missing: str) -> None:
     """Refuse to repeat a stage, or to make `missing` again, while results that depend on the old one exist."""
     later = run.stages[run.stages.index(stage) + 1:]
-    left = [f"{stage}.pt"] * gather_objects((run.folder / f"{stage}.pt").exists())[0]
-    left += [path.name for name in later for pattern in ("", "-*") for path in run.folder.glob(f"{name}{pattern}.pt")]
-    left += [f"{name!r} in results.json" for name in (stage, *later) if name in run.results()]
-    if left:
-        raise UserError(f"{run.folder} has no {missing}, but has later results ({', '.join(left)}): delete the folder, or "
+    results = [f"{stage}.pt"] * gather_objects((run.folder / f"{stage}.pt").exists())[0]
+    results += [path.name for name in later for pattern in ("", "-*") for path in run.folder.glob(f"{name}{pattern}.pt")]
+    results += [f"{name!r} in results.json" for name in (stage, *later) if name in run.results()]
+    if results:
+        raise UserError(f"{run.folder} has no {missing}, but has later results ({', '.join(results)}): delete the folder, or "
                         "give this run another --tag")
 
 
 def commit() -> str:
-    """The git commit of the scripts, with "-dirty" if they have local changes; "unknown" if there is none."""
+    """The git commit of the scripts, with "-dirty" if they have local changes; "unknown" without git."""
     try:
-        done = subprocess.run(["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"],
+        result = subprocess.run(["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"],
                               capture_output=True, text=True, timeout=10)
     except (OSError, subprocess.SubprocessError):
         return "unknown"
-    return done.stdout.strip() or "unknown"
+    return result.stdout.strip() or "unknown"
 
 
 def made(run) -> dict:
@@ -185,9 +185,9 @@ def made(run) -> dict:
             "target_data": run.options.target_data}
 
 
-def introduce(run, asked: str | None) -> None:
-    """Print a run's first lines: script, commit, device, precision, folder, stages. With --toy, render the toy city. `asked`:
-    the precision on the command line."""
+def introduce(run, given_amp: str | None) -> None:
+    """Print a run's first lines: script, commit, device, precision, folder, stages. With --toy, render the toy city.
+    given_amp: --amp of the command line."""
     device, name = run.device.type, run.options.device
     if device == "cuda":
         device = f"cuda ({torch.cuda.get_device_name(run.device)})"
@@ -198,7 +198,7 @@ def introduce(run, asked: str | None) -> None:
         device = f"cpu, because {why}"
     precision = "bfloat16" if run.options.amp == "bf16" else "float32"
     precision += ", channels-last" * bool(run.options.channels_last)
-    precision += ", chosen by --amp auto" * (asked == "auto" or (asked is None and run.device.type == "cuda"))
+    precision += ", chosen by --amp auto" * (given_amp == "auto" or (given_amp is None and run.device.type == "cuda"))
     lengths = ", ".join(f"{stage} {run.lengths[stage] or ''}".strip() for stage in run.stages)
     print(f"{run.method}.py, commit {commit()}, torch {torch.__version__}\ndevice: {device}; precision: {precision}\n"
           f"folder: {run.folder}\nstages: {lengths}", flush=True)
@@ -210,7 +210,7 @@ def introduce(run, asked: str | None) -> None:
 def trained_with(method: str, values: dict, defining: set[str]) -> list[str]:
     """The flags that a checkpoint or a run was trained with (sizes, network, data, ...), for its evaluation by --eval.
 
-    Args: values: of the command line and the defaults; defining: names of the flags that define a run.
+    Args: values: the command line's and the defaults; defining: names of the flags that define a run.
     """
     options = SimpleNamespace(**values)
     if options.from_:
@@ -218,20 +218,20 @@ def trained_with(method: str, values: dict, defining: set[str]) -> list[str]:
             content = dict(load(options.from_))
         except (UserError, TypeError, ValueError):               # another project's file: read or refused later
             content = {}
-        found = {**content.get("options", {}), **(content.get("config", {}) if content.get("method") == method else {})}
-        folders = found
+        config = {**content.get("options", {}), **(content.get("config", {}) if content.get("method") == method else {})}
+        folders = config
     else:
         folder = run_folder(method, options)
-        if not (folder / "config.json").exists():                # perhaps of another --source or --target
+        if not (folder / "config.json").exists():                # perhaps it has another --source or --target
             others = [path.parent for path in Path(options.runs).glob(f"{method}-*/config.json")
                       if not options.tag or path.parent.name.endswith(f"-{options.tag}")]
             folder = others[0] if len(others) == 1 else folder
-        found = read_json(folder / "config.json")
-        folders = found.get("made", {})
-    kept = {key: value for key, value in found.items() if key in defining - {"toy", "from_"}}
-    kept |= {key: folders[key] for key in ("data", "target_data") if os.path.isdir(folders.get(key) or "")}
+        config = read_json(folder / "config.json")
+        folders = config.get("made", {})
+    settings = {key: value for key, value in config.items() if key in defining - {"toy", "from_"}}
+    settings |= {key: folders[key] for key in ("data", "target_data") if os.path.isdir(folders.get(key) or "")}
     argv = []
-    for key, value in kept.items():
+    for key, value in settings.items():
         if isinstance(value, bool):
             argv.append(flag(key) if value else flag(key).replace("--", "--no-", 1))
         elif isinstance(value, list):

@@ -1,4 +1,4 @@
-"""What a script says about its flags: --help in 24 lines, --help-all in full."""
+"""The help text of a script: --help in 24 lines, --help-all in full."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ METHOD = "method: the paper's symbols; † marks what the paper does not give"
 GROUPS = {                                                       # of --help-all
     "data": "source target city data target_data classes label_ids source_images target_labels source_size target_size crop",
     "network": "backbone init branches input entry partial_init freeze_bn",
-    METHOD: "",                                                  # what is in no other group
+    METHOD: "",                                                  # flags in no other group
     "training": "stage from_ toy seed device amp channels_last workers",     # and what `SCHEDULE` knows
     "output": "runs tag eval eval_every log_every save_every predict out export tensorboard",
 }
@@ -27,7 +27,7 @@ SCHEDULE = re.compile(r"(source_|adversarial_|distill_|warmup_|selftrain_|stage_
 def text(prog: str, doc: str, classes: tuple[type, ...], defaults: dict, everything: bool) -> str:
     """The help of a script, wrapped at the terminal's width.
 
-    Args: doc: the script's docstring; classes: the method's dataclass first; defaults: name -> value where nothing is given;
+    Args: doc: the script's docstring; classes: the method's dataclass first; defaults: name -> value if no flag is given;
         everything: all flags and the docstring, not only those that most people use."""
     width = min(shutil.get_terminal_size().columns, 128)
     fields = {}                                                  # name -> (field, whether the paper's value is shown)
@@ -72,5 +72,5 @@ def show(value) -> str:
 
 
 def paper_value(field) -> str:
-    """The paper's value and where it stands; † if the paper gives none."""
+    """The paper's value and its section; † if the paper gives none."""
     return "†" if field.metadata["paper"] is None else f"{show(field.metadata['paper'])} ({field.metadata['section']})"

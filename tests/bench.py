@@ -1,7 +1,7 @@
-"""`make bench`: what the methods and the plumbing cost, as ratios measured side by side in one process.
+"""`make bench`: the cost of the methods and of the plumbing, as ratios measured side by side in one process.
 
 Each row times two things in turn, several times, and gives the median of the ratios with their range: the machine's load
-and clock fall on both. Some rows: python tests/bench.py NAME ... (the keys of BENCHES, or parts of them); with --json each row
+and clock affect both. Some rows: python tests/bench.py NAME ... (the keys of BENCHES, or parts of them); with --json each row
 is one line of JSON instead. The rows of "accelerator memory" are computed, not measured.
 """
 
@@ -112,7 +112,7 @@ class PassRun:
 
 
 class RandomImages:
-    """Images and labels of 64x32 that are made when they are asked for, as often as they are."""
+    """Images and labels of 64x32, made again at each pass."""
 
     def __init__(self, count: int):
         self.count = count
@@ -126,7 +126,7 @@ class RandomImages:
 
 
 def peak_memory(pass_: str, count: int) -> int:
-    """Kilobytes that a process needs at most which does nothing but one offline pass over `count` images."""
+    """Peak memory in KiB of a process that only does one offline pass over `count` images."""
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         return pool.apply(_peak_memory, (pass_, count))
 
@@ -153,7 +153,7 @@ def _peak_memory(pass_: str, count: int) -> int:
             cfg = bismap.Config(stm_backbone="warmup")
             encoder = bismap.independent_encoder(run, cfg, model)
             bismap.write_transferability(run, cfg, encoder, torch.randn(40, 512), 1.0, torch.rand(19), None, folder / "w")
-    # Of this program alone: getrusage's maximum would begin at that of the process that started it.
+    # Of this process alone: getrusage's maximum begins at the parent's.
     return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])
 
 
@@ -164,7 +164,7 @@ def pass_memory(pass_: str, what: str) -> None:
 
 
 def accelerator_memory() -> None:
-    """What one iteration at the paper's sizes keeps for its backward pass, counted on tensors without contents (ResNet-101)."""
+    """Memory of an iteration at the paper's sizes, for its backward pass, counted on tensors without contents (ResNet-101)."""
     from torch._subclasses.fake_tensor import FakeTensorMode
     small, large, crop = (512, 1024), (720, 1280), (640, 1280)
     for name, network, freeze, batch, images in [
@@ -176,10 +176,10 @@ def accelerator_memory() -> None:
             ("BiSMAP's self-training, 4 + 4 crops of 896x512", "v3+", "encoder", 4, [(512, 896)] * 2)]:
         gib = []
         for bf16 in (True, False):
-            kept: dict[int, torch.UntypedStorage] = {}
+            storages: dict[int, torch.UntypedStorage] = {}
 
-            def pack(x, kept=kept):
-                kept[x.untyped_storage()._cdata] = x.untyped_storage()
+            def pack(x, storages=storages):
+                storages[x.untyped_storage()._cdata] = x.untyped_storage()
                 return x
 
             with FakeTensorMode(), torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
@@ -191,8 +191,8 @@ def accelerator_memory() -> None:
                     label = torch.zeros(batch, *size, dtype=torch.long)
                     losses.append(torch.nn.functional.cross_entropy(upsample(logits.float(), size), label))
                 weights = 4 * sum(p.numel() for p in model.parameters())
-            held = sum(storage.nbytes() for storage in kept.values())
-            gib.append((held + 3 * weights) / 2**30)                  # with weights' gradients and momentum
+            total = sum(storage.nbytes() for storage in storages.values())
+            gib.append((total + 3 * weights) / 2**30)                  # with weights' gradients and momentum
         row(f"accelerator memory, computed: {name}; bf16 / float32", "", [gib[0] / gib[1]],
             f"{gib[0]:.1f} GiB against {gib[1]:.1f} GiB")
 
@@ -386,7 +386,7 @@ def gta5_files(root: Path, count: int) -> list[data.Pair]:
 
 
 def pillow_item(pair: data.Pair, ids: dict[int, int]) -> tuple[np.ndarray, np.ndarray]:
-    """What the usual loaders do: Pillow, NumPy, one comparison per class."""
+    """An item of a usual loader: Pillow, NumPy, one comparison per class."""
     image = Image.open(pair.image).convert("RGB").resize((1280, 720), Image.BILINEAR)
     ids_map = np.asarray(Image.open(pair.label).resize((1280, 720), Image.NEAREST), dtype=np.float32)
     label = np.full(ids_map.shape, 255, dtype=np.float32)
@@ -397,7 +397,7 @@ def pillow_item(pair: data.Pair, ids: dict[int, int]) -> tuple[np.ndarray, np.nd
 
 
 def loading() -> None:
-    """Items that are resized and cropped, from files of GTA5's size: what is added to decoding, by jitter and by alignment."""
+    """Resized and cropped items from files of GTA5's size: their cost beside decoding, and what jitter and alignment add."""
     with tempfile.TemporaryDirectory() as folder:
         pairs, classes = gta5_files(Path(folder), 4), data.class_list("gta5")
         for name, scale, crop in (("CAG and C2F", (1.0, 1.5), Size(1280, 640)), ("BiSMAP", (0.5, 1.5), Size(896, 512))):

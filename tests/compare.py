@@ -18,7 +18,7 @@ sys.path[:0] = [str(HERE), str(HERE / "tests")]
 
 
 def networks(path: Path) -> dict[str, torch.Tensor]:
-    """Name -> tensor of everything that a stage's checkpoint holds but optimizers."""
+    """Name -> tensor of everything in a stage's checkpoint except optimizers."""
     state = torch.load(path, weights_only=True)["state"]
     return {f"{key}.{name}": value for key, values in state.items() for name, value in values.items()
             if isinstance(value, torch.Tensor)}

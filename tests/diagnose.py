@@ -1,11 +1,11 @@
-"""What each paper says that its method improves, measured with labels that training never sees. By hand, not part of the tests.
+"""Measure what each paper says that its method improves, with labels that training never sees. By hand, not by the tests.
 
-    python tests/diagnose.py runs/*-i2c-* --data PATH         adds what is new to docs/results/i2c/diagnosis.json
+    python tests/diagnose.py runs/*-i2c-* --data PATH         adds new results to docs/results/i2c/diagnosis.json
     python tests/diagnose.py --margin runs/c2f-gta5-i2c-source-0/step0.pt --data PATH         CAG's margin for this network
 
 Pseudo labels (CAG, C2F, BiSMAP, SIM) are compared with the labels of the target's training images. Features are taken from
 --images target images that have labels to test, and as many source images: those of the validation set below --held, or the
-training images. On them: class center distance, FADA's Eq. (9); what the discriminators (FADA, CAG, SIM) get right; the
+training images. On them: class center distance, FADA's Eq. (9); accuracy of the discriminators (FADA, CAG, SIM); the
 distance of target features to their own class's anchor or centre (CAG, C2F), with the model before a stage and after it.
 """
 
@@ -44,7 +44,7 @@ CENTERS = {"cag": "anchors", "c2f": "centers"}
 
 
 class Domains:
-    """Labelled images of both domains, of the size of a run's."""
+    """Labelled images of both domains, in the size that a run uses."""
 
     def __init__(self, config: dict, root: str, held: str | None, images: int):
         self.classes = data.class_list(config["source"], config["target"])
@@ -58,8 +58,8 @@ class Domains:
         pairs = layouts.find_pairs(root, name, split)
         return data.SegmentationDataset(pairs, name, self.classes, Size.parse(size) if size else None)
 
-    def _some(self, *where: str) -> Subset:
-        images = self._set(*where)
+    def _some(self, *selection: str) -> Subset:
+        images = self._set(*selection)
         count = min(len(images), self.images)
         return Subset(images, [k * len(images) // count for k in range(count)])
 
@@ -103,7 +103,7 @@ def center_distances(feat: Tensor, label: Tensor, centers: Tensor) -> Tensor:
 
 
 def discriminator(script: str, state: dict, model: nn.Module):
-    """A run's D as a function of (feat, logits, size) -> whether each sample is taken for the source; None without one."""
+    """A run's D as a function of (feat, logits, size) -> whether it classifies each sample as source; None without D."""
     if "D" not in state:
         return None
     D = {"fada": lambda: fada.FineGrainedDiscriminator(model.feat_channels, state["D"]["layers.4.bias"].numel() // 2),
@@ -139,50 +139,50 @@ def measure(path: Path, script: str, config: dict, domains: Domains, centers: di
     """One pass over both domains with a checkpoint's model. centers: name -> centres to measure the target's distances to."""
     K = len(domains.classes)
     model, state = network(path, script, config, K)
-    D, moments, right = discriminator(script, state, model), {}, {}
+    D, moments, accuracy = discriminator(script, state, model), {}, {}
     distances = {name: torch.zeros(4, K, dtype=torch.float64) for name in centers}
     for domain, images in (("source", domains.source), ("target", domains.target)):
-        sums, taken = [0, 0, 0], []
+        sums, source_shares = [0, 0, 0], []
         for feat, logits, label, size in passes(model, images, config):
             new = fada.class_moments(feat.movedim(1, -1).flatten(0, 2), label.flatten(), K)
             sums = [a + b for a, b in zip(sums, new, strict=True)]
             if D:
-                taken.append(D(feat, logits, size).float().mean().item())
+                source_shares.append(D(feat, logits, size).float().mean().item())
             for name, rows in centers.items() if domain == "target" else ():
                 x = F.normalize(feat, dim=1, eps=1e-4) if script == "c2f" else feat
                 distances[name] += center_distances(x, label, rows)
         moments[domain] = sums
         if D:
-            right[domain] = statistics.fmean(taken) if domain == "source" else 1 - statistics.fmean(taken)
+            accuracy[domain] = statistics.fmean(source_shares) if domain == "source" else 1 - statistics.fmean(source_shares)
     moments["both"] = [a + b for a, b in zip(*moments.values(), strict=True)]
-    found = {"class center distance": {domain: fada.class_center_distance_from_moments(*sums).nanmean().item()
+    result = {"class center distance": {domain: fada.class_center_distance_from_moments(*sums).nanmean().item()
                                        for domain, sums in moments.items()}}
     if D:
-        found["discriminator"] = right
+        result["discriminator"] = accuracy
     for name, (count, *sums) in distances.items():
         own, other, nearest = (float((values / count).nanmean()) for values in sums)
-        found[name] = {"own": own, "other": other, "right": nearest}
-    return found
+        result[name] = {"own": own, "other": other, "right": nearest}
+    return result
 
 
 def diagnose(folder: Path, domains: Domains) -> dict:
-    """Everything about one run."""
+    """All measures of one run."""
     config = read_json(folder / "config.json")
     script, lengths = config["method"], list(config.get("lengths") or read_json(folder / "results.json"))
-    found = {"labels": {path.relative_to(folder).as_posix(): compare_labels(path, domains.target_labels, len(domains.classes))
+    result = {"labels": {path.relative_to(folder).as_posix(): compare_labels(path, domains.target_labels, len(domains.classes))
                         for pattern in LABELS.get(script, ()) for path in sorted(folder.glob(pattern))}, "features": {},
              "stages": list(read_json(folder / "results.json"))}
     kind = CENTERS.get(script)
     centers = {stage: load(path)[kind] for stage in lengths if kind and (path := folder / f"{stage}-{kind}.pt").exists()}
     for stage, following in zip(lengths, [*lengths[1:], None], strict=True):
-        wanted = {f"{name}, {when}": centers[name]
+        chosen = {f"{name}, {when}": centers[name]
                   for name, when in ((stage, "after"), (following, "before")) if name in centers}
         path = folder / f"{stage}.pt"
-        if not path.exists() and wanted and config.get("from_"):                # the stage before is another run's
+        if not path.exists() and chosen and config.get("from_"):                # the previous stage is another run's
             path = Path(config["from_"])
         if path.exists() and script != "bismap":
-            found["features"][stage] = measure(path, script, config, domains, wanted)
-    return found
+            result["features"][stage] = measure(path, script, config, domains, chosen)
+    return result
 
 
 @torch.no_grad()
@@ -202,7 +202,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="*", type=Path, help="run folders")
     parser.add_argument("--data", required=True, help="folder that holds both domains, with the target's labels")
-    parser.add_argument("--held", help="one whose target validation images are source images that were held out")
+    parser.add_argument("--held", help="folder whose target validation images are held-out source images")
     parser.add_argument("--images", type=int, default=50, help="per domain, for features [%(default)s]")
     parser.add_argument("--margin", metavar="CHECKPOINT", help="only print CAG's margin for this source model")
     parser.add_argument("--root", type=Path, default=HERE, help="folder that holds docs/ [this checkout]")

@@ -69,14 +69,14 @@ def test_v3plus_strides_and_multi_grid():
 
 
 def test_v2_dilation_is_torchvisions():
-    own = on_meta("v2", "resnet50").encoder
+    ours = on_meta("v2", "resnet50").encoder
     with torch.device("meta"):
         reference = models.resnet50(replace_stride_with_dilation=[False, True, True])
     convs = {name: m for name, m in reference.named_modules() if isinstance(m, nn.Conv2d)}
     assert len(convs) == 53
     for name, conv in convs.items():
-        mine = own.get_submodule(name)
-        assert (mine.stride, mine.dilation, mine.padding) == (conv.stride, conv.dilation, conv.padding), name
+        conv_here = ours.get_submodule(name)
+        assert (conv_here.stride, conv_here.dilation, conv_here.padding) == (conv.stride, conv.dilation, conv.padding), name
 
 
 def test_dilated_basic_blocks_keep_the_strided_values():
@@ -95,10 +95,10 @@ def test_dilated_basic_blocks_keep_the_strided_values():
 
 def test_encoders_keep_torchvisions_names():
     for backbone in ("resnet18", "vgg16"):
-        own = set(on_meta("v2", backbone).encoder.state_dict())
+        ours = set(on_meta("v2", backbone).encoder.state_dict())
         with torch.device("meta"):
             reference = set(getattr(models, backbone)().state_dict())
-        assert own == {k for k in reference if not k.startswith(("fc.", "classifier."))}
+        assert ours == {k for k in reference if not k.startswith(("fc.", "classifier."))}
 
 
 def test_vgg16_against_its_definition():
@@ -166,8 +166,8 @@ def test_image_pooling_at_batch_one_or_two_uses_running_statistics(N):
     mean, var = (y.mean(0), y.var(0, unbiased=False)) if N == 3 else (before["running_mean"], before["running_var"])
     expected = ((y - mean) / (var + norm.eps).sqrt() * norm.weight + norm.bias).relu()
     pooled = aspp(x)                                                # the whole block, its other norms on batch statistics
-    kept = all(torch.equal(value, before[key]) for key, value in norm.state_dict().items())
-    assert pooled.shape == (N, 256, 5, 6) and kept == (N < 3) and aspp.branches[0][1].num_batches_tracked == 1
+    unchanged = all(torch.equal(value, before[key]) for key, value in norm.state_dict().items())
+    assert pooled.shape == (N, 256, 5, 6) and unchanged == (N < 3) and aspp.branches[0][1].num_batches_tracked == 1
     torch.testing.assert_close(aspp.pool(x.mean(dim=(2, 3), keepdim=True))[..., 0, 0], expected)
 
 
@@ -356,15 +356,16 @@ def test_the_input_of_a_file_can_be_overruled(tmp_path, capsys):
             ("bgr255", "BGR 0-255 minus Caffe's mean", [2, 1, 0], 255, (104.00698793, 116.66876762, 122.67891434), (1, 1, 1))):
         model = build_model("v2", "vgg16", 3, path, input=name)
         assert f"--init {path}: input {words}; 26 keys matched" in capsys.readouterr().out
-        wanted = (range * pixels[:, channels] - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
-        torch.testing.assert_close(model.prepare(normalize(pixels, IMAGENET_MEAN, IMAGENET_STD)), wanted, rtol=1e-5, atol=1e-3)
+        expected = (range * pixels[:, channels] - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
+        torch.testing.assert_close(model.prepare(normalize(pixels, IMAGENET_MEAN, IMAGENET_STD)), expected, rtol=1e-5,
+                                   atol=1e-3)
 
 
 def test_init_unusable_files(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    whole = tmp_path / "whole.pth"
-    torch.save(models.resnet18().state_dict(), whole)
-    (tmp_path / "cut.pth").write_bytes(whole.read_bytes()[:-5000])
+    weights = tmp_path / "whole.pth"
+    torch.save(models.resnet18().state_dict(), weights)
+    (tmp_path / "cut.pth").write_bytes(weights.read_bytes()[:-5000])
     (tmp_path / "empty.pth").write_bytes(b"")
     (tmp_path / "text.pth").write_text("not weights")
     (tmp_path / "pickle.pth").write_bytes(pickle.dumps(Malicious(), protocol=2))

@@ -1,4 +1,4 @@
-"""The diagnosis of runs: its measures by hand, and what it says of two very short runs."""
+"""The diagnosis of runs: its measures by hand, and its results for two very short runs."""
 
 from __future__ import annotations
 
@@ -44,30 +44,30 @@ def test_two_runs(city, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", argv)
     diagnose.main()
     path = tmp_path / "docs/results/toy/diagnosis.json"
-    found, K = json.loads(path.read_text()), 19
-    assert list(found) == ["cag-cag-3", "fada-fada-3"]
+    diagnosis, K = json.loads(path.read_text()), 19
+    assert list(diagnosis) == ["cag-cag-3", "fada-fada-3"]
     labelled = sum(int((data.read_label(pair.label, "cityscapes", data.class_list("gta5")) != IGNORE).sum())
                    for pair in layouts.find_pairs(city, "cityscapes", "train"))
-    labels = found["cag-cag-3"]["labels"]
-    assert list(labels) == ["stage1/anchor_labels", "stage1/probability_labels"] and not found["fada-fada-3"]["labels"]
+    labels = diagnosis["cag-cag-3"]["labels"]
+    assert list(labels) == ["stage1/anchor_labels", "stage1/probability_labels"] and not diagnosis["fada-fada-3"]["labels"]
     for matrix in labels.values():                                          # every labelled pixel is counted once
         assert len(matrix) == K and {len(row) for row in matrix} == {K + 1} and sum(map(sum, matrix)) == labelled
     note = next(json.loads(line) for line in open(runs / "cag-gta5-toy-cag-3/log.jsonl") if "active_percent" in line)
     coverage = page.label_quality(labels["stage1/anchor_labels"])[1]
     assert 0 < coverage < 100 and coverage == pytest.approx(note["active_percent"]["anchor_labels"]["all"], abs=10)
-    features = found["cag-cag-3"]["features"]
+    features = diagnosis["cag-cag-3"]["features"]
     assert [sorted(entry.keys() - {"class center distance"}) for entry in features.values()] == [
         [], ["discriminator", "stage1, before"], ["stage1, after"]]
     assert list(features) == ["source", "warmup", "stage1"]
-    assert list(found["fada-fada-3"]["features"]) == ["source", "adversarial"]
-    for entry in (*features.values(), *found["fada-fada-3"]["features"].values()):
+    assert list(diagnosis["fada-fada-3"]["features"]) == ["source", "adversarial"]
+    for entry in (*features.values(), *diagnosis["fada-fada-3"]["features"].values()):
         assert all(value > 0 for value in entry["class center distance"].values())
         assert all(0 <= value <= 1 for value in entry.get("discriminator", {}).values())
-    diagnose.main()                                                         # what is there is not measured again
+    diagnose.main()                                                         # a run is measured once
     assert capsys.readouterr().out.count("cag-cag-3:") == 1
-    path.write_text(json.dumps(found | {"cag-cag-3": found["cag-cag-3"] | {"stages": ["source"]}}))
-    diagnose.main()                                                         # but for a run that has finished more since
-    assert "cag-cag-3:" in capsys.readouterr().out and json.loads(path.read_text()) == found
+    path.write_text(json.dumps(diagnosis | {"cag-cag-3": diagnosis["cag-cag-3"] | {"stages": ["source"]}}))
+    diagnose.main()                                                         # again if more stages are finished
+    assert "cag-cag-3:" in capsys.readouterr().out and json.loads(path.read_text()) == diagnosis
     checkpoint = runs / "cag-gta5-toy-cag-3/source.pt"
     monkeypatch.setattr("sys.argv", ["diagnose.py", "--margin", str(checkpoint), "--data", str(city)])
     diagnose.main()
@@ -80,17 +80,17 @@ def test_class_center_distance_and_discriminator_of_a_measured_model(city, tmp_p
                "--adversarial-iterations", "1", "--no-distill", "--batch-size", "2"])
     config = json.loads((tmp_path / "fada-gta5-toy-fada-0/config.json").read_text())
     domains, path = diagnose.Domains(config, str(city), None, 3), tmp_path / "fada-gta5-toy-fada-0/adversarial.pt"
-    found = diagnose.measure(path, "fada", config, domains, {})
+    measured = diagnose.measure(path, "fada", config, domains, {})
     model, state = diagnose.network(path, "fada", config, 19)
     D = fada.FineGrainedDiscriminator(model.feat_channels, 19)
     D.load_state_dict(state["D"])
-    feats, labels, right = [], [], []
+    feats, labels, correct = [], [], []
     with torch.no_grad():
         for feat, _, label, _ in diagnose.passes(model, domains.target, config):
             feats.append(feat[0].flatten(1).T)
             labels.append(label.flatten())
             p = D(feat).softmax(dim=1)
-            right.append((p[:, 19:].sum(dim=1) > p[:, :19].sum(dim=1)).float())
+            correct.append((p[:, 19:].sum(dim=1) > p[:, :19].sum(dim=1)).float())
     ccd = fada.class_center_distance(torch.cat(feats), torch.cat(labels)).nanmean().item()
-    assert found["class center distance"]["target"] == pytest.approx(ccd, rel=1e-9)
-    assert found["discriminator"]["target"] == pytest.approx(torch.cat(right).mean().item(), abs=1e-6)
+    assert measured["class center distance"]["target"] == pytest.approx(ccd, rel=1e-9)
+    assert measured["discriminator"]["target"] == pytest.approx(torch.cat(correct).mean().item(), abs=1e-6)

@@ -36,7 +36,7 @@ def prose(page: Path) -> str:
 
 
 def anchors(page: Path) -> set[str]:
-    """What # leads to in a page: its headings, as GitHub names them."""
+    """The anchors of a page: its headings, as GitHub names them."""
     headings = re.findall(r"^#+ (.+)$", prose(page), re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
@@ -74,20 +74,20 @@ def commands(page: Path) -> list[list[str]]:
     text = page.read_text(encoding="utf-8")
     if page.suffix == ".py":
         text = re.sub(r"[][]", "", ast.get_docstring(ast.parse(text)))          # of what may be left out
-    found = re.findall(r"`((?:python|torchrun) [^`]+)`|^ *((?:python|torchrun) .*)$", text, re.MULTILINE)
-    every = [shlex.split(re.split(r"\s{2,}|\s[#>]", code or line)[0]) for code, line in found]
-    first = [next(k for k, word in enumerate(words) if word == "-m" or word.endswith(".py")) for words in every]
-    return [words[k:] for words, k in zip(every, first)]
+    matches = re.findall(r"`((?:python|torchrun) [^`]+)`|^ *((?:python|torchrun) .*)$", text, re.MULTILINE)
+    split = [shlex.split(re.split(r"\s{2,}|\s[#>]", code or line)[0]) for code, line in matches]
+    first = [next(k for k, word in enumerate(words) if word == "-m" or word.endswith(".py")) for words in split]
+    return [words[k:] for words, k in zip(split, first)]
 
 
 class ParsedError(Exception):
-    """Raised in place of what a command would do once its flags are read and checked."""
+    """Raised instead of running a command, once its flags are read and checked."""
 
 
 @pytest.fixture
 def parsed(monkeypatch, tmp_path):
     """`parsed(words)`: the folder, the stages and the options of a script's start; None for another command."""
-    monkeypatch.chdir(tmp_path)                                  # where there is no run
+    monkeypatch.chdir(tmp_path)                                  # a folder without runs
 
     def run(method, cfg, options, stages, sizes=None, largest_scale=1.0):
         named = tuple(stage for stage, iterations in stages.items() if iterations != 0)
@@ -121,7 +121,7 @@ def parsed(monkeypatch, tmp_path):
 
 
 def test_every_command_is_parsed_and_starts_from_what_another_has_made(parsed):
-    made, needed, count = {}, [], 0
+    stages_of, checkpoints, count = {}, [], 0
     for page in WITH_COMMANDS:
         for words in commands(page):
             try:
@@ -130,11 +130,11 @@ def test_every_command_is_parsed_and_starts_from_what_another_has_made(parsed):
                 raise AssertionError(f"{name(page)}: {' '.join(words)}") from error
             if result:
                 folder, stages, options = result
-                made[folder.as_posix()] = made.get(folder.as_posix(), ()) + stages
-                needed += [(name(page), options.from_)] if (options.from_ or "").startswith("runs/") else []
-    for page, checkpoint in needed:
-        assert Path(checkpoint).stem in made.get(Path(checkpoint).parent.as_posix(), ()), (page, checkpoint)
-    assert count > 100 and len(needed) > 20
+                stages_of[folder.as_posix()] = stages_of.get(folder.as_posix(), ()) + stages
+                checkpoints += [(name(page), options.from_)] if (options.from_ or "").startswith("runs/") else []
+    for page, checkpoint in checkpoints:
+        assert Path(checkpoint).stem in stages_of.get(Path(checkpoint).parent.as_posix(), ()), (page, checkpoint)
+    assert count > 100 and len(checkpoints) > 20
 
 
 def test_a_wrong_command_is_noticed(parsed):

@@ -69,7 +69,7 @@ def test_agrees_with_cityscapesscripts(tmp_path):
 
 def test_three_classes_by_hand():
     label = torch.tensor([[0, 0, 0, 1], [1, 1, 2, 255]], dtype=torch.uint8)
-    prediction = torch.tensor([[0, 0, 1, 1], [1, 2, 0, 99]])            # below the ignored pixel anything may stand
+    prediction = torch.tensor([[0, 0, 1, 1], [1, 2, 0, 99]])            # an ignored pixel's prediction may be anything
     matrix = confusion_matrix(prediction, label, 3)
     assert matrix.dtype == torch.int64 and matrix.tolist() == [[2, 1, 0], [0, 2, 1], [1, 0, 0]]
     assert iou(matrix).tolist() == [2 / 4, 2 / 4, 0 / 2]
@@ -157,7 +157,7 @@ def test_evaluate_sums_over_the_loader_at_the_labels_resolution(model):
             if t != 255:
                 expected[t, p] += 1
     model.train()
-    model.head.eval()                                                   # a mode of its own, as frozen layers have
+    model.head.eval()                                                   # another mode, as frozen layers have
     state = {k: v.clone() for k, v in model.state_dict().items()}
     matrix = evaluate(model, loader, 5, "cpu")
     assert torch.equal(matrix, expected) and matrix.dtype == torch.int64
@@ -203,7 +203,7 @@ def test_what_is_not_defined_is_null_and_a_dash(capsys):
         ["mIoU*", "present", "-"]]
 
 
-def test_a_table_of_whatever_numbers(capsys):
+def test_a_table_of_any_numbers(capsys):
     print_table("distances", {"a": [1.23456, None], "longer name": [float("nan"), 1000.0]}, ["x", "a row"], digits=3)
     assert capsys.readouterr().out.splitlines() == [
         "", "distances", "           a  longer name", "-" * 25, "x      1.235            -", "a row      -     1000.000"]

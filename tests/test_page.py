@@ -1,4 +1,4 @@
-"""The results page: the arithmetic by hand, what is collected of a run, the committed page against the committed files."""
+"""The results page: the arithmetic by hand, what is collected from a run, the committed page against the committed files."""
 
 from __future__ import annotations
 
@@ -176,30 +176,30 @@ def test_the_committed_scores_follow_from_their_matrices():
             for entry in tests.values():
                 counts = np.array(entry["matrix"], dtype=float)
                 hit, occurs = counts.diagonal(), counts.sum(axis=1) > 0
-                own = (hit / np.maximum(1, counts.sum(axis=0) + counts.sum(axis=1) - hit))[occurs].mean()
-                assert own == pytest.approx(entry["mIoU present"], abs=1e-12), (path, stage)
+                miou = (hit / np.maximum(1, counts.sum(axis=0) + counts.sum(axis=1) - hit))[occurs].mean()
+                assert miou == pytest.approx(entry["mIoU present"], abs=1e-12), (path, stage)
                 assert occurs.sum() == 11 or content["pair"] == "toy", path         # of both domains of the rendered pairs
 
 
 def test_the_committed_gains_by_hand():
     """The cells of the first table, from the stored means and numpy."""
     text = (ROOT / "docs/results.md").read_text(encoding="utf-8")
-    found = {}
+    scores = {}
     for path in (ROOT / "docs/results/i2c").glob("*-*.json"):
         content = json.loads(path.read_text())
         for stage, tests in content["stages"].items():
-            found[content["script"], content["variant"], content["seed"], stage] = 100 * tests["single-scale"]["mIoU present"]
+            scores[content["script"], content["variant"], content["seed"], stage] = 100 * tests["single-scale"]["mIoU present"]
     rows = (("FADA, adversarial", "fada", "adversarial", "adversarial"), ("CAG, stage 2", "cag", "stage2", "stage2"),
             ("C2F, step 2", "c2f", "step2", "step2"), ("BiSMAP, self-training", "bismap", "selftrain", "selftrain"),
             ("SIM, step 2", "sim", "step2", "step1"))
     for row, script, stage, reference in rows:
-        gains = [found[script, script, seed, stage] - found[script, "control", seed, reference] for seed in range(3)
-                 if {(script, script, seed, stage), (script, "control", seed, reference)} <= found.keys()]
+        gains = [scores[script, script, seed, stage] - scores[script, "control", seed, reference] for seed in range(3)
+                 if {(script, script, seed, stage), (script, "control", seed, reference)} <= scores.keys()]
         cell = re.search(rf"^\| {row} \| ([^|]*) \|", text, re.MULTILINE)
         if gains:
             shown = [float(number) for number in re.findall(r"[+-]\d+\.\d+", cell[1])]
-            wanted = [statistics.fmean(gains), min(gains), max(gains)] if len(gains) > 1 else gains
-            assert shown == pytest.approx(wanted, abs=0.051), row
+            expected = [statistics.fmean(gains), min(gains), max(gains)] if len(gains) > 1 else gains
+            assert shown == pytest.approx(expected, abs=0.051), row
 
 
 def test_the_committed_files_are_small_and_name_no_machine():

@@ -89,9 +89,9 @@ def log_lines(run: Run) -> list[dict]:
 @pytest.mark.parametrize("stop", [0, 3, 4, 8])
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_stopped_and_resumed_equals_undisturbed(make, stop, number, capsys):
-    run, whole, dataset = make(tag="whole")
-    assert train(run, whole, dataset) == list(range(10))
-    expected = tensors(whole)
+    run, uninterrupted, dataset = make(tag="uninterrupted")
+    assert train(run, uninterrupted, dataset) == list(range(10))
+    expected = tensors(uninterrupted)
     run, state, dataset = make()
     handler = signal.getsignal(number)
     with pytest.raises(SystemExit) as stopped:
@@ -117,7 +117,7 @@ def test_a_signal_that_is_ignored_stays_ignored(make):
         signal.signal(signal.SIGHUP, handler)
 
 
-def test_what_is_trained_is_kept_when_an_image_becomes_unreadable_while_it_is_evaluated_too(make):
+def test_training_is_saved_when_an_image_becomes_unreadable_during_an_evaluation(make):
     run, state, dataset, _ = watched(make, save_every=100)
 
     def fail(k):
@@ -131,7 +131,7 @@ def test_what_is_trained_is_kept_when_an_image_becomes_unreadable_while_it_is_ev
 
 
 def test_a_pass_over_images_shows_how_far_it_is(make, monkeypatch, capsys):
-    """A line each half minute, by a clock that goes on twenty seconds per look, also amid a stage."""
+    """A line each half minute, also during a stage. The clock advances twenty seconds per reading."""
     clock = itertools.count(step=20)
     run, state, dataset, _ = watched(make)
     monkeypatch.setattr(files, "time", SimpleNamespace(monotonic=lambda: next(clock)))
@@ -289,7 +289,7 @@ def test_a_networks_weights_are_those_of_the_last_finished_stage_of_from_or_of_i
     finish(run, "second", 2.0)
     assert bias(run) == 2 and bias(start(eval=True, stage="first")) == 1
     del run
-    assert bias(start(stage="second")) == 1                      # starts after the first, whatever came later
+    assert bias(start(stage="second")) == 1                      # starts after the first, though a later one exists
     first = str(tmp_path / "x-gta5-a/first.pt")
     run = start("b", from_=first, freeze_bn="all")
     assert bias(run) == 1 and run.latest == "first" and run.network("v2").frozen_bn == "all"
@@ -333,11 +333,11 @@ def test_what_a_stage_computes_before_it_trains_is_computed_once(make):
     train(run, state, dataset)
     assert make()[0].once("first", "anchors", compute)["count"] == 7 and len(calls) == 1
     path = run.folder / "first-anchors.pt"
-    whole = path.read_bytes()
-    path.write_bytes(whole[:-50])
+    content = path.read_bytes()
+    path.write_bytes(content[:-50])
     with pytest.raises(UserError, match="first-anchors.pt is damaged .*; delete it, and last.pt if there is one, to compute"):
         run.once("first", "anchors", compute)
-    path.unlink()                                                # what was trained came from another
+    path.unlink()                                                # the trained stage used another
     with pytest.raises(UserError, match="has no first-anchors.pt, but has later results .first.pt."):
         run.once("first", "anchors", compute)
     assert len(calls) == 1
@@ -375,7 +375,7 @@ def test_a_checkpoint_of_another_script_in_the_folder_is_refused(make):
         train(*make())
 
 
-def test_a_stage_does_not_start_anew_under_what_came_after_it(make):
+def test_a_stage_is_not_repeated_while_later_results_exist(make):
     run, state, dataset = make()
     train(run, state, dataset)
     train(run, state, dataset, "second")
@@ -402,7 +402,7 @@ def test_a_note_of_the_preparation_is_there_once(make):
                 raise KeyboardInterrupt
         return log_lines(run)
 
-    for _ in range(2):                                           # killed before the first checkpoint of the stage, and after it
+    for _ in range(2):                                           # killed before the stage's first checkpoint, and after it
         with pytest.raises(KeyboardInterrupt):
             start(die=True)
     lines = start(die=False)
@@ -485,12 +485,12 @@ def test_an_evaluation_writes_results_picture_log_and_export(make, tmp_path, cap
     tests = {"single-scale": {}, "flip": {"flip": True}}
     run.evaluate("first", state["model"], test, tests)
     results = run.results()["first"]
-    for name, how in tests.items():
+    for name, view in tests.items():
         state["model"].eval()
         expected = torch.zeros(19, 19, dtype=torch.int64)
         for image, label, _ in test:
             score = state["model"](image[None])[1].softmax(1)
-            if how:
+            if view:
                 score = score + state["model"](image[None].flip(-1))[1].flip(-1).softmax(1)
             guess = score.argmax(1)[0]
             for t, p in zip(label.flatten().tolist(), guess.flatten().tolist()):
@@ -537,7 +537,7 @@ def interrupt(run, act):
 
 
 def test_a_point_of_the_curve_is_not_lost(make):
-    """By a stop in the iteration after which it is due, by a stop or a kill amid its evaluation; nor is it there twice."""
+    """By a stop in the iteration before it, or by a stop or a kill during its evaluation; nor is it logged twice."""
     undisturbed, state, dataset, evaluate = watched(make)
     train(undisturbed, state, dataset)
     evaluate()
@@ -588,7 +588,7 @@ def test_what_a_kill_leaves_is_removed(make):
 
 
 def test_a_file_that_the_machine_cannot_read_is_not_called_damaged(make, monkeypatch):
-    """It would be deleted, and with it days of work."""
+    """A user would delete it, and lose days of work."""
     run, state, dataset = make()
     run.once("first", "anchors", dict)
     train(run, state, dataset)

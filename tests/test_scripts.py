@@ -51,26 +51,26 @@ def final_state(folder: Path, stage: str) -> dict:
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_end_to_end_and_resumed_in_every_stage(script, city, tmp_path, monkeypatch, capsys):
     module = importlib.import_module(script)
-    module.main(arguments(script, city, tmp_path, "--tag", "whole"))
-    whole = tmp_path / f"{script}-gta5-whole"
-    results = json.loads((whole / "results.json").read_text())
+    module.main(arguments(script, city, tmp_path, "--tag", "uninterrupted"))
+    uninterrupted = tmp_path / f"{script}-gta5-uninterrupted"
+    results = json.loads((uninterrupted / "results.json").read_text())
     stages = STAGES[script]
     assert list(results) == stages
-    assert all((whole / f"{name}.png").exists() for name in [*stages, "curves"])
+    assert all((uninterrupted / f"{name}.png").exists() for name in [*stages, "curves"])
 
-    # Started again, it shows what is there and leaves every file as it is.
-    files, printed = {path: path.stat().st_mtime_ns for path in whole.rglob("*.*")}, capsys.readouterr().out
-    module.main(arguments(script, city, tmp_path, "--tag", "whole"))
+    # Started again, it shows the results and changes no file.
+    files, printed = {path: path.stat().st_mtime_ns for path in uninterrupted.rglob("*.*")}, capsys.readouterr().out
+    module.main(arguments(script, city, tmp_path, "--tag", "uninterrupted"))
     again = capsys.readouterr().out
     assert all(f"{stage}: finished" in again for stage in stages) and "iteration" not in again
     assert again.split("IoU in percent")[1:] == printed.split("IoU in percent")[-1:]
-    assert files == {path: path.stat().st_mtime_ns for path in whole.rglob("*.*")}
+    assert files == {path: path.stat().st_mtime_ns for path in uninterrupted.rglob("*.*")}
 
-    # Stop after the second iteration of every stage in turn, start again, and end where the undisturbed run ended.
+    # Stop after the second iteration of every stage in turn, start again, and end like the uninterrupted run.
     stopped = tmp_path / f"{script}-gta5-stopped"
     for k, stage in enumerate(stages):
         shutil.rmtree(stopped, ignore_errors=True)
-        shutil.copytree(whole, stopped, copy_function=link_checkpoints)      # with the stages before it finished
+        shutil.copytree(uninterrupted, stopped, copy_function=link_checkpoints)      # earlier stages are finished
         (stopped / "results.json").write_text(json.dumps({name: results[name] for name in stages[:k]}))
         for path in [path for name in stages[k:] for pattern in ("", "-*") for path in stopped.glob(f"{name}{pattern}.pt")]:
             path.unlink()
@@ -89,7 +89,7 @@ def test_end_to_end_and_resumed_in_every_stage(script, city, tmp_path, monkeypat
         assert torch.load(stopped / "last.pt", weights_only=True)["stage"] == stage
         module.main(arguments(script, city, tmp_path, "--tag", "stopped"))
         for name in stages:
-            again, once = final_state(stopped, name), final_state(whole, name)
+            again, once = final_state(stopped, name), final_state(uninterrupted, name)
             assert all(torch.equal(again[key], once[key]) for key in once), (stage, name)
         assert json.loads((stopped / "results.json").read_text()) == results
 
@@ -128,11 +128,11 @@ def test_copied_out_it_runs(script, city, tmp_path):
     """With common/ alone, and without its files that only some flags need."""
     for name in {script, *(["c2f"] if script == "bismap" else [])}:      # whose warm-up is C2F's alignment
         shutil.copy(ROOT / f"{name}.py", tmp_path)
-    some = ("published.py", "curves.py", "results.py", "toycity.py", "predict.py", "network.py")
-    shutil.copytree(ROOT / "common", tmp_path / "common", ignore=shutil.ignore_patterns("__pycache__", *some))
+    optional = ("published.py", "curves.py", "results.py", "toycity.py", "predict.py", "network.py")
+    shutil.copytree(ROOT / "common", tmp_path / "common", ignore=shutil.ignore_patterns("__pycache__", *optional))
     line = [sys.executable, f"{script}.py", *arguments(script, city, Path("runs"), "--stage", STAGES[script][0])]
-    done = subprocess.run(line, cwd=tmp_path, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": ""})
-    assert done.returncode == 0, done.stderr
+    process = subprocess.run(line, cwd=tmp_path, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": ""})
+    assert process.returncode == 0, process.stderr
     assert (tmp_path / f"runs/{script}-gta5/{STAGES[script][0]}.pt").exists()
 
 
@@ -163,14 +163,15 @@ def test_other_domains(script, flags, folder, classes, means, city, tmp_path):
     assert {name for name in result if name.startswith("mIoU") and "present" not in name} == means
 
 
-@pytest.mark.parametrize("script", ["c2f", "fada"])                # the loader is common; one alters images in it
+@pytest.mark.parametrize("script", ["c2f", "fada"])                # the loader is shared; c2f also transforms images in it
 def test_a_damaged_image_ends_the_run_and_its_worker(script, city, tmp_path):
     shutil.copytree(city, tmp_path / "data")
     for image in (tmp_path / "data/gta5/images").iterdir():
         image.write_bytes(image.read_bytes()[:200])
     line = [sys.executable, f"{script}.py", *arguments(script, tmp_path / "data", tmp_path / "runs", "--workers", "1")]
-    done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 2 and "is damaged, truncated or not an image" in done.stderr and done.stderr.count("\n") == 1
+    process = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert process.returncode == 2 and process.stderr.count("\n") == 1
+    assert "is damaged, truncated or not an image" in process.stderr
 
 
 def run_main(script: str, *argv: str) -> int:
@@ -191,7 +192,7 @@ def run_main(script: str, *argv: str) -> int:
     (["--data", "nowhere"], "nowhere"),
     (["--source", "gta4"], "--source gta4 is none of gta5, synthia, cityscapes"),
 ])
-def test_a_mistake_is_told_before_anything_runs(script, more, words, city, tmp_path, capsys):
+def test_a_mistake_is_reported_before_anything_runs(script, more, words, city, tmp_path, capsys):
     if more[:2] == ["--device", "cuda"] and torch.cuda.is_available():
         pytest.skip("there is a GPU here")
     assert run_main(script, *arguments(script, city, tmp_path), *more) == 2

@@ -98,7 +98,7 @@ def evaluate(model: nn.Module, loader: Iterable, num_classes: int, device: torch
 
 
 def summary(matrix: Tensor, classes: ClassList) -> dict:
-    """A confusion matrix as the entry of results.json: means, per-class IoU, the matrix; None for what is not defined."""
+    """A confusion matrix as the entry of results.json: means, per-class IoU, the matrix; None for undefined values."""
     means = {f"{name}{' present' * present}": mean_iou(matrix, indices, present)
              for present in (False, True) for name, indices in classes.means.items()}
     scores, means = ({name: None if math.isnan(score) else score for name, score in values}

@@ -3,7 +3,7 @@
     python -m common.results                                 FADA on the toy city, seeds 0 1 2
     python -m common.results fada --name own --jobs 2 -- --data PATH --init PATH --backbone resnet18 ...
     python -m common.results pair --name i2c --jobs 2 -- --data PATH --init resnet18.pth      all runs of docs/results.md
-    python -m common.results pair --name i2c --show -- --data PATH --init resnet18.pth        what is finished
+    python -m common.results pair --name i2c --show -- --data PATH --init resnet18.pth        list their states
 
 Flags after `--` go to every run; without any, each run has --toy. The rows are those of `RESULTS`: row -> (stages, flags);
 `{row}` in the flags is the run folder of an earlier row with the same seed. Rows with the same flags are stages of one run.
@@ -131,12 +131,12 @@ class Job(NamedTuple):
     @property
     def state(self) -> str:
         """Finished, begun or open; how long its iterations took, over all starts; the folder's name."""
-        seconds, before = 0.0, {}
+        seconds, counted = 0.0, {}
         for line in read_log(self.folder):
             if "seconds" in line:
-                seconds += line["seconds"] * (line["iteration"] - before.get(line["stage"], 0))
-                before[line["stage"]] = line["iteration"]
-        state = "finished" if self.finished else "begun" if before else "open"
+                seconds += line["seconds"] * (line["iteration"] - counted.get(line["stage"], 0))
+                counted[line["stage"]] = line["iteration"]
+        state = "finished" if self.finished else "begun" if counted else "open"
         return f"{state:<9}{seconds / 60:7.1f} min  {self.folder.name}"
 
 
@@ -186,12 +186,12 @@ def queue(args, extra: list[str]) -> dict[tuple[str, int], Job]:
 
     Raises: UserError for a run folder with other settings, and for rows of "pair" without --init."""
     rows, jobs = RESULTS[args.method], {}
-    wanted = {first_of(rows, row) for row in args.rows or rows}
+    chosen = {first_of(rows, row) for row in args.rows or rows}
     for row in reversed(rows):                               # a row's start comes before it
-        if row in wanted:
-            wanted |= set(re.findall(r"\{(.+?)\}", rows[row][1])) & set(rows)
+        if row in chosen:
+            chosen |= set(re.findall(r"\{(.+?)\}", rows[row][1])) & set(rows)
     known = {"margin": args.margin, "init": dict(zip(extra, extra[1:])).get("--init")}
-    for row, seed in [(row, seed) for row in rows if row in wanted for seed in args.seeds]:
+    for row, seed in [(row, seed) for row in rows if row in chosen for seed in args.seeds]:
         script, variant = row.split() if args.method == "pair" else (args.method, row)
         needs, text = [], rows[row][1]
         for name in re.findall(r"\{(.+?)\}", text):

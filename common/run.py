@@ -510,8 +510,8 @@ def restore(saved: dict, state: dict) -> None:
     """Load a checkpoint's entries into the objects of the same names; optimizers may be absent from the checkpoint."""
     needed = {key for key, value in state.items() if not isinstance(value, torch.optim.Optimizer)}
     if not needed <= saved.keys() <= state.keys():
-        raise UserError(f"the checkpoint holds {', '.join(sorted(saved))} where {', '.join(sorted(state))} are needed; "
-                        "it comes from another method or version")
+        raise UserError(f"the checkpoint holds {', '.join(sorted(saved))}, but {', '.join(sorted(state))} are needed; "
+                        "it comes from another method or version: give one of this method")
     for key, value in saved.items():
         try:
             state[key].load_state_dict(value)

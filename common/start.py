@@ -1,4 +1,4 @@
-"""What a run does once, when it starts: check its settings and its folder, and print what it is."""
+"""The start of a run: check its settings and its folder, print its first lines."""
 
 from __future__ import annotations
 
@@ -98,10 +98,10 @@ def check_config(run) -> None:
            "processes": run.world}
     defaults = {**to_json(type(run.options)(), defining_only=True), **to_json(type(run.cfg)(), defining_only=True),
                 "amp": "none", "channels_last": False}
-    before = {**defaults, **{key: value for key, value in old.items() if key not in NOTES}} if old else {}
-    changed = [key for key in sorted(before.keys() | new.keys()) if before.get(key) != new.get(key)]
+    previous = {**defaults, **{key: value for key, value in old.items() if key not in NOTES}} if old else {}
+    changed = [key for key in sorted(previous.keys() | new.keys()) if previous.get(key) != new.get(key)]
     if changed and trained:
-        shown = ", ".join(f"{flag(key)} ({before.get(key)} -> {new.get(key)})" for key in changed)
+        shown = ", ".join(f"{flag(key)} ({previous.get(key)} -> {new.get(key)})" for key in changed)
         way_on = _way_on(run, changed, old.get("lengths", {}))
         raise UserError(f"{run.folder} holds a run with other settings: {shown}; {way_on}")
     if run.rank == 0 and (changed or not trained):

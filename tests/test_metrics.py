@@ -137,7 +137,7 @@ def test_scales_and_flip_against_a_plain_loop(model):
             probs.append(prob.flip(-1) if mirror else prob)
     expected = torch.stack(probs).mean(dim=0)
     result = predict(model, image, (61, 95), scales=(0.75, 1, 1.25), flip=True)
-    # Two classes may be equal to within rounding: what is chosen has the highest mean, up to that.
+    # Two classes may be equal within rounding: the chosen class has the highest mean, up to that.
     chosen = expected.gather(1, result[:, None])[:, 0]
     assert (expected.amax(dim=1) - chosen).max() < 1e-5
     for part in (probs[2], (probs[2] + probs[3]) / 2, expected - probs[0] / 6):   # each view changes something

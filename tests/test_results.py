@@ -67,8 +67,8 @@ def test_rows_seeds_and_table(stand_in, capfd, jobs):
     argv = ["stand_in", "--seeds", "0", "2", "--name", "t", "--jobs", jobs, "--", "--source", "synthia"]
     for times in (1, 2):
         results.main(argv)
-        out, said = capfd.readouterr()
-        assert said.count("finished") == (6 if times == 1 else 0)           # what is finished is not started again
+        out, log = capfd.readouterr()
+        assert log.count("finished") == (6 if times == 1 else 0)           # finished runs are not repeated
         assert out.splitlines() == [
             *HEAD, "| low | 21.0 ± 1.4 | 20.0 22.0 | 0 % |", "| middle (x) | 31.0 ± 1.4 | 30.0 32.0 | 50 % |",
             "| middle, later, one | 31.0 ± 1.4 | 30.0 32.0 | 50 % |",
@@ -76,7 +76,7 @@ def test_rows_seeds_and_table(stand_in, capfd, jobs):
             "| high | 41.0 ± 1.4 | 40.0 42.0 | 100 % |"]
         assert (stand_in / "stand_in-synthia-t-middle-x-2/started").read_text() == "twonth"    # one run, three stages
     assert not (stand_in / "stand_in-synthia-t-middle-later-2").exists()
-    results.main([*argv[:8], "--rows", "middle, later"])         # the run is named by a row that is not wanted
+    results.main([*argv[:8], "--rows", "middle, later"])         # the run is named by a row that is not chosen
     assert capfd.readouterr().out.splitlines()[3:] == ["| middle, later, three | 36.0 ± 1.4 | 35.0 37.0 | - |"]
     results.main([*argv[:8], "--rows", "middle (x)"])            # needs "low"; the gap has no meaning
     assert capfd.readouterr().out.splitlines()[2:] == ["| middle (x) | 31.0 ± 1.4 | 30.0 32.0 | - |"]
@@ -95,7 +95,7 @@ def test_what_is_refused(stand_in, monkeypatch, capsys):
     assert "stand_in-gta5-toy-low-0 holds a run with other settings: --score (0.2 -> 0.9)" in capsys.readouterr().err
 
 
-def test_a_failed_run_stops_only_what_needs_it_and_the_queue_goes_on(stand_in, capfd):
+def test_a_failed_run_stops_only_runs_that_need_it(stand_in, capfd):
     argv = ["stand_in", "--seeds", "7", "0", "--name", "t"]
     results.main([*argv, "--show"])
     assert [line.split() for line in capfd.readouterr().out.splitlines()[::5]] == [
@@ -103,9 +103,9 @@ def test_a_failed_run_stops_only_what_needs_it_and_the_queue_goes_on(stand_in, c
     assert not stand_in.exists()
     with pytest.raises(SystemExit) as stop:
         results.main(argv)
-    said = capfd.readouterr().err
-    assert stop.value.code == 2 and "stand_in-gta5-t-low-7 failed; fix it" in said and "run 1 of 6 FAILED: open" in said
-    assert "run 4 of 6: finished     4.5 min  stand_in-gta5-t-middle-x-0" in said     # 3 stages of 30 iterations, 3 s each
+    log = capfd.readouterr().err
+    assert stop.value.code == 2 and "stand_in-gta5-t-low-7 failed; fix it" in log and "run 1 of 6 FAILED: open" in log
+    assert "run 4 of 6: finished     4.5 min  stand_in-gta5-t-middle-x-0" in log     # 3 stages of 30 iterations, 3 s each
     assert {path.name for path in stand_in.iterdir()} == {f"stand_in-gta5-t-{run}" for run in (
         "low-0", "middle-x-0", "high-7", "high-0")}
     (stand_in / "stand_in-gta5-t-middle-x-0/results.json").write_text('{"one": {}, "two": {}}')    # killed in its last
@@ -144,7 +144,7 @@ def test_the_rows_of_a_pair_are_what_the_scripts_take(capsys):
 
 
 def parsed(argv):
-    """What `results.main` gives `results.queue`."""
+    """The arguments that `results.main` passes to `results.queue`."""
     seen = []
     with pytest.MonkeyPatch.context() as patch, pytest.raises(StopIteration):
         patch.setattr(results, "queue", lambda *args: seen.append(args) or next(iter(())))

@@ -385,11 +385,11 @@ def test_a_stage_is_not_repeated_while_later_results_exist(make):
     with pytest.raises(UserError, match="has no first-anchors.pt, but has later results .second.pt."):
         make()[0].once("first", "anchors", dict)
     (run.folder / "second.pt").unlink()
-    for left in ("second-labels.pt", "results.json"):
-        (run.folder / left).write_text('{"second": {}}')
-        with pytest.raises(UserError, match=f"has no first.pt, but has later results .({left}|'second' in {left})."):
+    for later in ("second-labels.pt", "results.json"):
+        (run.folder / later).write_text('{"second": {}}')
+        with pytest.raises(UserError, match=f"has no first.pt, but has later results .({later}|'second' in {later})."):
             train(*make())
-        (run.folder / left).unlink()
+        (run.folder / later).unlink()
     assert train(*make()) == list(range(10))
 
 
@@ -470,11 +470,11 @@ def test_state_must_fit(make):
     wider = Tiny()
     wider.layers[0] = nn.Conv2d(3, 20, 1)
     for other, words in (({"model": wider}, "'model' does not fit this run's: size mismatch.*; check --backbone"),
-                         ({"teacher": Tiny()}, "holds model where model, optimizer, teacher are needed")):
+                         ({"teacher": Tiny()}, "holds model, but model, optimizer, teacher are needed")):
         with pytest.raises(UserError, match=f"the checkpoint.* {words}"):
             train(run, {**state, **other}, dataset)
     del state["model"]
-    with pytest.raises(UserError, match="the checkpoint holds model where optimizer are needed"):
+    with pytest.raises(UserError, match="the checkpoint holds model, but optimizer are needed"):
         train(run, state, dataset)
 
 
@@ -538,8 +538,8 @@ def interrupt(run, act):
 
 def test_a_point_of_the_curve_is_not_lost(make):
     """By a stop in the iteration before it, or by a stop or a kill during its evaluation; nor is it logged twice."""
-    undisturbed, state, dataset, evaluate = watched(make)
-    train(undisturbed, state, dataset)
+    uninterrupted, state, dataset, evaluate = watched(make)
+    train(uninterrupted, state, dataset)
     evaluate()
 
     def signal_at(wanted):
@@ -571,7 +571,7 @@ def test_a_point_of_the_curve_is_not_lost(make):
         evaluate()
     half.rmdir()
     evaluate()
-    assert miou_lines(run) == miou_lines(undisturbed) and [line[1] for line in miou_lines(run)] == [5, 10]
+    assert miou_lines(run) == miou_lines(uninterrupted) and [line[1] for line in miou_lines(run)] == [5, 10]
 
 
 def test_what_a_kill_leaves_is_removed(make):

@@ -2,23 +2,23 @@
 
 Lu, Luo, Zhang, Li, Yang, Xiao. ACM MM 2022. arXiv:2204.07730
 
-Forward: each category's source features are a mixture of diagonal Gaussians (MAPs), and target pixels whose density under
-the best mixture is high get its category as pseudo label. Backward: source pixels that are far from all clusters of target
-features weigh less in training (the source transferability map, STM).
+Forward: a mixture of diagonal Gaussians (MAPs) describes each category's source features. A target pixel with high density
+under the best mixture gets that category as pseudo label. Backward: source pixels far from all clusters of target features
+weigh less in training (the source transferability map, STM).
 
-    Eq. (3)             correct_label_map, FeatureSample    Lambda_c, and 300,000 of it per category
+    Eq. (3)             correct_label_map, FeatureSample    Lambda_c; 300,000 of it per category
     Eqs. (4), (5)       log_density, fit_gmm                Sec. 3.3: expectation maximisation
     Eq. (6)             map_pseudo_labels                   Table 3: anchor_pseudo_labels (CAs), ias_thresholds (IAS)
     Sec. 3.4, Eq. (7)   kmeans, target_distance             target prototypes A_j, and D(x), the distance to them
     Eqs. (8), (9)       normalised_entropy (e'), transferability_map (w)
-    Eqs. (2), (10)      reweighted_cross_entropy            Eq. (2): with w = 1, on images aligned by c2f.photometric_fit
+    Eqs. (2), (10)      reweighted_cross_entropy            Eq. (2): w = 1, images aligned by c2f.photometric_fit
     Eqs. (11), (12)     symmetric_cross_entropy, consistency_loss
-    Eq. (13)            self_train                          stage selftrain; "as ProDA [40]": distill
+    Eq. (13)            self_train                          stage selftrain; distill: "as ProDA [40]"
 
     E, F, G = F o E   encoder, classifier, network          C, c     categories
-    f, feat           feature that enters the classifier    G, k     `--components` per category (the paper's K)
+    f, feat           the classifier's input feature        G, k     `--components` per category (the paper's K)
     p_c               log density of category c's mixture   delta    `--delta`, of Eq. (6)
-    E^, f^            independent encoder, its features     J, A_j   target prototypes
+    E^, f^            independent encoder, its features     J, A_j   number of target prototypes, prototype j
     phi               RandAugment and CutOut                lambda   `--lambda-consist`, of Eq. (13)
 
 Stages: warmup -> selftrain -> distill1 -> distill2.
@@ -30,31 +30,31 @@ Stages: warmup -> selftrain -> distill1 -> distill2.
     python bismap.py --source gta5 --eval                    only evaluate what the run has reached
 
 Departures:
- 1. Eqs. (2), (10), (11): sums over pixels are means over the labelled pixels; Eq. (12) and distillation's KL: means over the C
-    categories and the pixels that CutOut left (the padding of a crop larger than its image counts).
- 2. Footnote 1 enlarges features, 16 times the work: scores, densities and entropies are computed at stride 4, then enlarged.
- 3. Sec. 3.3: EM starts from k-means and ends by `em_tol`; variances are >= `variance_floor`; an empty component has weight 0.
- 4. Sec. 4.2: delta depends on the feature's dimension and the variance floor; `--pl-ratio` picks it by Table 5's "PL ratio".
- 5. Sec. 3.5: E^ is torchvision's ResNet-152 on ImageNet, the paper's is SimCLRv2's. Its input size, layer and grid (distances
-    are enlarged by nearest neighbour), J, and how many target features are clustered are not in the paper.
- 6. Eq. (7) prints 0 < j < J: all J centres are used. Eq. (8)'s prose swaps minimum and maximum; e' is 0 for a category that is
-    never predicted, and for all where all entropies are equal.
- 7. Sec. 3.5: each source image has one fixed aligned version, in every stage. The transferability map is stored in 8 bits.
- 8. Sec. 3.5, "retraining": from the initial weights, as the authors configure; `--continue-warmup`: from the warm-up model.
- 9. Eq. (11): the label is clamped in the reverse term only, so that a confidently contradicted pixel keeps its gradient.
-10. Eq. (12) puts phi on the teacher's input (`--augment teacher`). phi's operations are RandAugment's on colours; how many, how
-    strong, and CutOut's size are not in the paper.
-11. Eq. (13) has no ramp; here lambda rises as exp(-5 (1 - t/T)^2), T: `ramp_iterations`, at most `ramp_share` of the stage.
-12. Sec. 4.2: the rate is the encoder's; ASPP, decoder and classifier learn `head_rate` times as fast. The jitter's strength is
-    not in the paper. There is no dropout; each stage has its own optimizer and rate horizon.
-13. Sec. 4.3, "proposed in [40]": two rounds, each with a fresh student, hard labels of the model before by multi-scale and
-    flipped test, Eq. (10) on the source, Eq. (11) on the target, and KL to the model before.
-14. Sec. 4.2: batch norm of pretrained encoders is frozen (`--freeze-bn`), with `--continue-warmup` all, in self-training.
-15. Table 3: CAs are the means of the samples of Eq. (3) with CAG's margin; IAS's constants are IAST's.
-The published code, not followed: no logarithm in distillation's KL (it sharpens instead of distilling); hard-coded entropies;
-d_mean as a moving average; lambda 30; phi on the student's input; batch norm trained in every stage, the teacher on batch
-statistics; flips in both domains; target jitter 0.1; width 2200 as the base of the random resize; the best checkpoint on val as
-result and as next teacher; students from SimCLRv2's weights; distillation's labels at scales 0.75, 1, 1.5 by mean logits.
+ 1. Eqs. (2), (10), (11): the paper sums over pixels; here it is a mean over the labelled pixels. Eq. (12) and distillation's KL
+    are means over the C categories and the pixels that CutOut leaves (padding counts).
+ 2. Footnote 1 enlarges the features, which costs 16 times more. Here densities are computed at stride 4 and then enlarged;
+    entropies stay at stride 4.
+ 3. Sec. 3.3: EM starts from k-means and ends by `--em-tol`, at the latest after `--em-iterations`. Variances are at least
+    `--variance-floor`. An empty component has weight 0.
+ 4. Sec. 4.2: delta depends on the feature's dimension and on the variance floor. `--pl-ratio` picks it by Table 5's "PL ratio".
+ 5. Sec. 3.5: E^ is torchvision's ResNet-152 on ImageNet; the paper's is SimCLRv2's. The paper gives neither E^'s input size,
+    layer and grid (distances are enlarged by nearest neighbour), nor J, nor the number of clustered target features.
+ 6. Eq. (7) prints 0 < j < J; here all J centres are used. Eq. (8)'s prose swaps minimum and maximum. e' is 0 for a category
+    that is never predicted, and for all categories if their entropies are equal.
+ 7. Sec. 3.5: each source image has one fixed aligned version in all stages. Transferability maps are stored in 8 bits.
+ 8. Sec. 3.5: "retraining" starts from the initial weights, as in the authors' configuration. `--continue-warmup` starts from
+    the warm-up model.
+ 9. Eq. (11): the label is clamped in the reverse term only, so a pixel that the network contradicts keeps its gradient.
+10. Eq. (12) puts phi on the teacher's input (`--augment teacher`). phi uses RandAugment's colour operations. The paper gives
+    neither their number and strength nor CutOut's size.
+11. Eq. (13) has no ramp. Here lambda rises as exp(-5 (1 - t/T)^2); T: `--ramp-iterations`, at most `--ramp-share` of the stage.
+12. Sec. 4.2: the rate is the encoder's; ASPP, decoder and classifier have `--head-rate` times that. The jitter's strength is
+    not given. There is no dropout. Each stage has its own optimizer and learning rate schedule.
+13. Sec. 4.3, "proposed in [40]": two rounds, each with a new student. Labels are the previous model's argmax, multi-scale and
+    flipped. The losses are Eq. (10) on the source, Eq. (11) on the target, and KL to the previous model.
+14. Sec. 4.2: batch norm of pretrained encoders is frozen (`--freeze-bn`). With `--continue-warmup`, self-training freezes all.
+15. Table 3: CAs are the means of the samples of Eq. (3), with CAG's margin. IAS has IAST's constants.
+docs/agreement.md lists what the published code does differently.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ from common.metrics import predict, print_table
 from common.run import Options, Run
 from common.viz import colorize, denormalise
 
-SIZES = {"synthia": Size(2048, 1024)}                  # Sec. 4.2; the others' own
+SIZES = {"synthia": Size(2048, 1024)}                  # Sec. 4.2; others: their own size
 
 
 @dataclass
@@ -93,39 +93,39 @@ class Config:
 
     backbone: str = option("resnet101", "encoder of DeepLab v3+", paper="resnet101", section="Sec. 4.2",
                            choices=("resnet101", "resnet50", "resnet18"))
-    adapt_freeze_bn: str = option("auto", "batch norm kept fixed in self-training; auto: as --freeze-bn, or all with "
+    adapt_freeze_bn: str = option("auto", "frozen batch norm in self-training; auto: as --freeze-bn, or all with "
                                   "--continue-warmup", choices=("auto", "all", "encoder", "none"))
     alignment: str = option("gpa", "global photometric alignment", paper="gpa", section="Sec. 3.5", choices=("gpa", "none"))
     components: int = option(8, "Gaussians per category", paper=8, section="Sec. 3.5", low=1)
     samples: int = option(300_000, "source features per category; 8 KB each to fit", paper=300_000, section="Sec. 3.5", low=1)
-    em_iterations: int = option(100, "EM's iterations, at most", low=1)
-    em_tol: float = option(1e-3, "EM stops when the mean log-likelihood rises by less", low=0.0)
+    em_iterations: int = option(100, "most iterations of EM", low=1)
+    em_tol: float = option(1e-3, "EM stops if the mean log-likelihood rises by less", low=0.0)
     variance_floor: float = option(1e-6, "smallest variance of a Gaussian", low=1e-30)
-    assign: str = option("maps", "pseudo labels by Eq. (6), by category anchors, by instant adaptive selector; none",
+    assign: str = option("maps", "pseudo labels: maps: Eq. (6); anchors: category anchors; ias: instant adaptive selector",
                          paper="maps", section="Table 3", choices=("maps", "anchors", "ias", "none"))
-    delta: float | None = option(None, "log density from which Eq. (6) labels", paper="100, SYNTHIA -50", section="Sec. 4.2")
-    pl_ratio: float | None = option(None, "pick delta so that this share of the target's pixels is labelled", low=0.0, high=1.0)
+    delta: float | None = option(None, "smallest log density that Eq. (6) labels", paper="100, SYNTHIA -50", section="Sec. 4.2")
+    pl_ratio: float | None = option(None, "choose delta to label this share of the target's pixels", low=0.0, high=1.0)
     anchor_margin: float = option(1.0, "margin of --assign anchors", paper=1.0, section="Table 5", low=0.0)
-    stm: bool = option(True, "weigh source pixels by the transferability map", paper=True, section="Sec. 3.4")
+    stm: bool = option(True, "weight source pixels by the transferability map", paper=True, section="Sec. 3.4")
     stm_backbone: str = option("resnet152", "E^: a torchvision classification network, or warmup: the warm-up's encoder",
                                paper="resnet152", section="Sec. 3.5")
-    stm_weights: str | None = option(None, "file with its weights in torchvision's names; automatic: torchvision's of ImageNet")
-    stm_layer: str = option("layer4", "its layer that gives the features")
-    stm_size: Size = option(Size(256, 128), "images are resized to it for E^")
-    stm_grid: Size = option(Size(4, 4), "E^'s features are averaged to so many cells, each with one distance")
+    stm_weights: str | None = option(None, "file with E^'s weights, under torchvision's names; automatic: ImageNet's")
+    stm_layer: str = option("layer4", "E^'s layer that gives the features")
+    stm_size: Size = option(Size(256, 128), "size of E^'s input images")
+    stm_grid: Size = option(Size(4, 4), "E^'s features are averaged over this grid; each cell has one distance")
     J: int = option(40, "target prototypes", low=1)
-    stm_samples: int = option(200_000, "target features that are clustered, at most", low=1)
+    stm_samples: int = option(200_000, "most target features to cluster", low=1)
     alpha: float = option(0.1, "weight of the cross entropy in Eq. (11)", paper=0.1, section="Sec. 3.5", low=0.0)
     beta: float = option(1.0, "weight of the reverse cross entropy in Eq. (11)", paper=1.0, section="Sec. 3.5", low=0.0)
     lambda_consist: float = option(20.0, "lambda, weight of Eq. (12); 0: without it", paper=20.0, section="Sec. 4.2", low=0.0)
-    ramp_iterations: int = option(4000, "iterations over which lambda rises to its value", low=0)
-    ramp_share: float = option(0.25, "the same as a share of the stage, where that is less", low=0.0, high=1.0)
-    continue_warmup: bool = option(False, "self-training goes on from the warm-up model, not from the initial weights")
+    ramp_iterations: int = option(4000, "iterations in which lambda rises to its value", low=0)
+    ramp_share: float = option(0.25, "upper limit of --ramp-iterations, as a share of the stage", low=0.0, high=1.0)
+    continue_warmup: bool = option(False, "self-training starts from the warm-up model, not from the initial weights")
     ema: float = option(0.999, "smoothing coefficient of the teacher", paper=0.999, section="Sec. 4.2", low=0.0, high=1.0)
     augment: str = option("teacher", "input to augment", paper="teacher", section="Eq. (12)", choices=("teacher", "student"))
     phi_operations: int = option(2, "operations of RandAugment per image", low=0)
-    phi_strength: float = option(0.5, "their strength", low=0.0, high=1.0)
-    cutout: float = option(0.4, "side of the square that CutOut removes, of the shorter side", low=0.0, high=1.0)
+    phi_strength: float = option(0.5, "strength of these operations", low=0.0, high=1.0)
+    cutout: float = option(0.4, "side of CutOut's square, as a share of the shorter side", low=0.0, high=1.0)
     distill: bool = option(True, "two rounds of distillation", paper=True, section="Table 4")
     lambda_kl: float = option(1.0, "weight of KL in distillation", low=0.0)
     test_scales: tuple[float, ...] = option((0.7, 1.0, 1.3), "scales of distillation's labels, each also flipped", low=0.1)
@@ -137,9 +137,9 @@ class Config:
     weight_decay: float = option(5e-4, "SGD's weight decay", paper=5e-4, section="Sec. 4.2", low=0.0)
     warmup_iterations: int = option(90_000, "iterations of the warm-up", paper=90_000, section="Sec. 4.2", low=1)
     selftrain_iterations: int = option(90_000, "iterations of self-training", paper=90_000, section="Sec. 4.2", low=1)
-    distill_iterations: int = option(90_000, "iterations of a round of distillation", paper=90_000, section="Sec. 4.2", low=1)
+    distill_iterations: int = option(90_000, "iterations per round of distillation", paper=90_000, section="Sec. 4.2", low=1)
     warmup_batch_size: int = option(8, "images per batch and process in the warm-up", paper=8, section="Sec. 4.2", low=1)
-    batch_size: int = option(4, "images of each domain per batch and process afterwards", paper=4, section="Sec. 4.2", low=1)
+    batch_size: int = option(4, "images per domain, batch and process after the warm-up", paper=4, section="Sec. 4.2", low=1)
     scale: tuple[float, float] = option((0.5, 1.5), "range of the random resize", paper=(0.5, 1.5), section="Sec. 4.2", low=0.1)
     crop: Size = option(Size(896, 512), "random crop in training", paper=Size(896, 512), section="Sec. 4.2")
 
@@ -151,15 +151,15 @@ TOY = dict(data="data/toycity", init="none", backbone="resnet18", source_size=Si
 
 
 class Gmm(NamedTuple):
-    """A mixture of diagonal Gaussians; those of all categories have a dimension C in front."""
+    """A mixture of diagonal Gaussians; with a leading dimension C, one per category."""
 
-    weight: Tensor                                     # (G,), pi; 0: no such component
+    weight: Tensor                                     # (G,), pi; 0: an empty component
     mean: Tensor                                       # (G, D), mu
     variance: Tensor                                   # (G, D), the diagonal of Sigma
 
 
 def component_log_prob(feat: Tensor, square: Tensor, gmm: Gmm) -> Tensor:
-    """log pi_k + log N_k(f), Eq. (5) multiplied out: feat (M, D) float64, and its square -> (M, G), of C mixtures (M, C, G)."""
+    """log pi_k + log N_k(f), Eq. (5) expanded: feat (M, D) float64 and its square -> (M, G), or (M, C, G) for C mixtures."""
     mean, precision = gmm.mean.double().flatten(0, -2), 1 / gmm.variance.double().flatten(0, -2)      # (C G, D) each
     exponent = square @ precision.T - feat @ (2 * mean * precision).T + (mean.square() * precision).sum(dim=1)
     log_norm = mean.shape[1] * math.log(2 * math.pi) - precision.log().sum(dim=1)
@@ -170,8 +170,8 @@ def log_density(feat: Tensor, gmm: Gmm) -> Tensor:
     """Eq. (4):  p_c(f) = log sum_k pi_ck N_ck(f | mu_ck, Sigma_ck)
     Eq. (5):  N_ck(f) = exp(-1/2 (f - mu)^T Sigma^-1 (f - mu)) / ((2 pi)^(d/2) |Sigma|^(1/2))
 
-    Args: feat (M, D) float; gmm of G components, or of C x G.
-    Returns: (M,) or (M, C) float64; -inf for a mixture without components. No underflow: it is a log-sum-exp."""
+    Args: feat (M, D) float; gmm with G components, or C x G.
+    Returns: (M,) or (M, C) float64; -inf for a mixture without components. A log-sum-exp: no underflow."""
     feat = feat.double()
     return component_log_prob(feat, feat.square(), gmm).logsumexp(dim=-1)
 
@@ -179,9 +179,9 @@ def log_density(feat: Tensor, gmm: Gmm) -> Tensor:
 def fit_gmm(feat: Tensor, components: int = 8, iterations: int = 100, tol: float = 1e-3, seed: int = 0, init: Gmm | None = None,
             variance_floor: float = 1e-6) -> Gmm:
     """Fit a mixture of diagonal Gaussians by expectation maximisation, Sec. 3.3.
-    Args: feat (M, D) float; components, G, those that no sample belongs to get weight 0 (without samples, all); EM ends after
-        `iterations`, or when the mean log-likelihood rises by less than tol; seed of the k-means start; init, a mixture to
-        start from instead; variance_floor, held by clamping, under which the likelihood still never falls.
+    Args: feat (M, D) float; components: G (one without samples gets weight 0); iterations: the most; tol: EM ends if the mean
+        log-likelihood rises by less; seed: of the k-means start; init: a mixture to start from instead; variance_floor: lower
+        limit of the variances (clamped; the likelihood still never falls).
     Returns: Gmm in float64."""
     feat = feat.double()
     square = feat.square()                                                                    # (M, D)
@@ -207,25 +207,25 @@ def fit_gmm(feat: Tensor, components: int = 8, iterations: int = 100, tol: float
 
 
 def correct_label_map(logits: Tensor, label: Tensor) -> Tensor:
-    """Eq. (3):  Lambda_c = {f_i | argmax G(x)_i = c, y_i = c};  the label where the prediction is right.
+    """Eq. (3):  Lambda_c = {f_i | argmax G(x)_i = c, y_i = c};  the label where the prediction is correct.
 
     Args: logits (N, C, h, w); label (N, h, w) int64 on the same grid, 255 ignored.  Returns: (N, h, w), 255 elsewhere."""
     return torch.where(logits.argmax(dim=1) == label, label, IGNORE)
 
 
 class FeatureSample:
-    """A uniform sample without replacement of each category's features, in one pass: those with the smallest random keys.
-    A feature's key depends on (seed, image, pixel) alone, so the sample depends neither on the order of the images nor on
-    how many processes share them. Memory: at most 1.25 `size` features per category between two images, in float32."""
+    """A uniform sample, without replacement, of each category's features, in one pass: those with the smallest random keys.
+    A feature's key depends only on (seed, image, pixel). So the sample does not depend on the order of the images, nor on the
+    number of processes. Memory: between two images, at most 1.25 `size` float32 features per category."""
 
     def __init__(self, num_classes: int, size: int, seed: int):
         self.size, self.seed = size, seed
         self.parts: list[list[tuple[Tensor, Tensor]]] = [[] for _ in range(num_classes)]      # (keys, features)
         self.held = [0] * num_classes
-        self.largest = [2**62] * num_classes                                                  # greater keys cannot enter
+        self.largest = [2**62] * num_classes                                                  # larger keys are rejected
 
     def add(self, name: str, feat: Tensor, label: Tensor) -> None:
-        """Offer an image's features. Args: name; feat (M, D); label (M,) int64, 255 ignored."""
+        """Add an image's features. Args: name; feat (M, D); label (M,) int64, 255 ignored."""
         generator = torch.Generator().manual_seed(derive_seed(self.seed, name))
         key = torch.randint(2**62, (len(feat),), generator=generator).to(label.device)
         for c in label[label != IGNORE].unique().tolist():
@@ -244,7 +244,7 @@ class FeatureSample:
             self.largest[c] = int(keys[order[-1]])
 
     def features(self, c: int) -> Tensor | None:
-        """(n, D) float32, n <= size, in the order of their keys; None if there are none."""
+        """(n, D) float32, n <= size, in key order; None if there are none."""
         self.parts[c] = [part for parts in gather_objects(self.parts[c]) for part in parts]
         if self.parts[c]:
             self._prune(c)
@@ -260,7 +260,7 @@ def map_pseudo_labels(log_prob: Tensor, delta: float) -> Tensor:
 
 
 def anchor_pseudo_labels(feat: Tensor, anchors: Tensor, margin: float = 1.0) -> Tensor:
-    """Table 3's CAs: the nearest anchor, where it is nearer than the second by more than a margin (CAG's Eqs. 5 to 7).
+    """Table 3's CAs: the nearest anchor, if the second is farther by more than the margin (CAG's Eqs. 5 to 7).
     Args: feat (N, D, h, w); anchors (C, D), NaN for a category without one.  Returns: (N, h, w) int64, 255 elsewhere."""
     distance = torch.cdist(feat.movedim(1, -1).flatten(0, 2), anchors.nan_to_num())           # (N h w, C)
     distance = distance.masked_fill(anchors.isnan().any(dim=1), torch.inf)
@@ -269,8 +269,8 @@ def anchor_pseudo_labels(feat: Tensor, anchors: Tensor, margin: float = 1.0) -> 
 
 
 def ias_thresholds(theta: Tensor, confidence: Tensor, label: Tensor) -> Tensor:
-    """Table 3's IAS [25], after one more image:  theta_c <- 0.9 theta_c + 0.1 psi_c, psi_c the confidence at rank
-    0.2 theta_c^8 of the image's category-c confidences.
+    """Table 3's IAS [25], updated by one image:  theta_c <- 0.9 theta_c + 0.1 psi_c;  psi_c: the n_c 0.2 theta_c^8-th highest
+    of the image's n_c confidences in category c.
     Args: theta (C,); confidence, label (h, w) of the image's prediction.  Returns: (C,); unchanged for an absent category."""
     theta = theta.clone()
     for c in label.unique().tolist():
@@ -281,11 +281,11 @@ def ias_thresholds(theta: Tensor, confidence: Tensor, label: Tensor) -> Tensor:
 
 
 def kmeans(feat: Tensor, J: int, iterations: int = 30, seed: int = 0) -> Tensor:
-    """Sec. 3.4: centres (J, D) of J clusters of feat (M, D), M >= 1, float32 or float64, from a k-means++ start. A cluster that
-    lost its features keeps its centre; with fewer than J different features, some centres are equal."""
-    from scipy.cluster.vq import kmeans2  # not before the flags are read
+    """Sec. 3.4: centres (J, D) of J clusters of feat (M, D), M >= 1, float32 or float64, with a k-means++ start. A cluster that
+    loses its features keeps its centre. With fewer than J different features, some centres are equal."""
+    from scipy.cluster.vq import kmeans2  # takes a second, which --help does not need
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")                                                       # of empty clusters, and 0 / 0
+        warnings.simplefilter("ignore")                                                       # empty clusters, 0 / 0
         centers, _ = kmeans2(feat.cpu().numpy(), J, iter=iterations, minit="++", rng=seed)
     return torch.from_numpy(centers).to(feat)
 
@@ -298,10 +298,10 @@ def target_distance(feat: Tensor, prototypes: Tensor) -> Tensor:
 
 
 def normalised_entropy(entropy: Tensor) -> Tensor:
-    """Eq. (8):  e'_c = (e_c - e_min) / (e_max - e_min), over the categories that were seen.
+    """Eq. (8):  e'_c = (e_c - e_min) / (e_max - e_min), over the predicted categories.
 
-    Args: entropy (C,), mean entropy of the target pixels predicted as c; NaN for a category that never is.
-    Returns: (C,) in [0, 1]; 0 for NaN, and for all where all are equal."""
+    Args: entropy (C,), mean entropy of the target pixels predicted as c; NaN: never predicted.
+    Returns: (C,) in [0, 1]; 0 for NaN; all 0 if all entropies are equal."""
     low, high = entropy.nan_to_num(torch.inf).min(), entropy.nan_to_num(-torch.inf).max()
     return ((entropy - low) / (high - low)).nan_to_num(0.0)                                   # 0 / 0, or a NaN
 
@@ -310,7 +310,7 @@ def transferability_map(distance: Tensor, d_mean: float | Tensor, normalised_ent
     """Eq. (9):  w_i = min(exp(-D(x)_i^2 / d_mean^2 log 2) + e'_c, 1),  c = y_i.
 
     Args: distance (N, h, w) of Eq. (7); d_mean, its mean over the source set, > 0; normalised_entropy (C,) of Eq. (8);
-        label (N, h, w) int64, 255 ignored.  Returns: (N, h, w) in [0, 1]; 0 where there is no label."""
+        label (N, h, w) int64, 255 ignored.  Returns: (N, h, w) in [0, 1]; 0 at unlabelled pixels."""
     e = F.pad(normalised_entropy, (0, 1))[label.clamp(max=len(normalised_entropy))]
     w = (torch.exp(-(distance / d_mean).square() * math.log(2)) + e).clamp(max=1.0)
     return w.masked_fill(label == IGNORE, 0.0)
@@ -320,7 +320,7 @@ def reweighted_cross_entropy(logits: Tensor, label: Tensor, weight: Tensor | flo
     """Eq. (10):  L_ce = sum_i sum_c - w_i y_ic log p_ic;  Eq. (2): the same with w = 1.
 
     Args: logits (N, C, h, w); label (N, H, W) int64, 255 ignored; weight (N, H, W) in [0, 1], or 1 for all.
-    Returns: 0-d, divided by the number of labelled pixels (the paper sums); exactly 0 if there are none."""
+    Returns: 0-d, the sum over the number of labelled pixels (the paper sums); exactly 0 if there are none."""
     loss = F.cross_entropy(upsample(logits, label.shape[-2:]), label, ignore_index=IGNORE, reduction="none")  # (N, H, W)
     return labelled_mean(weight * loss, label != IGNORE)
 
@@ -333,15 +333,15 @@ def symmetric_cross_entropy(logits: Tensor, pseudo_label: Tensor, alpha: float =
     logits = upsample(logits, pseudo_label.shape[-2:])                                        # (N, C, H, W)
     labelled = pseudo_label != IGNORE
     forward = F.cross_entropy(logits, pseudo_label, ignore_index=IGNORE, reduction="none")    # (N, H, W)
-    p_own = logits.softmax(dim=1).gather(1, torch.where(labelled, pseudo_label, 0)[:, None])[:, 0]
-    reverse = -math.log(1e-4) * (1 - p_own)                                                   # log y^ is 0 at the label
+    p_label = logits.softmax(dim=1).gather(1, torch.where(labelled, pseudo_label, 0)[:, None])[:, 0]
+    reverse = -math.log(1e-4) * (1 - p_label)                                                 # log y^ is 0 at the label
     return labelled_mean(alpha * forward + beta * reverse, labelled)
 
 
 def consistency_loss(student_logits: Tensor, teacher_logits: Tensor, mask: Tensor | None = None) -> Tensor:
     """Eq. (12):  L_consist = sum_i sum_c p~_ic log p~_ic - p~_ic log p_ic.
 
-    Args: student_logits, teacher_logits (N, C, h, w), no gradient to the teacher's; mask (N, h, w), true where a pixel counts.
+    Args: student_logits, teacher_logits (N, C, h, w), no gradient to the teacher's; mask (N, h, w): true where a pixel counts.
     Returns: 0-d, mean over the C categories and the pixels that count (the paper sums); exactly 0 if none does."""
     log_p, log_q = student_logits.log_softmax(dim=1), teacher_logits.detach().log_softmax(dim=1)
     kl = (log_q.exp() * (log_q - log_p)).mean(dim=1)                                          # (N, h, w)
@@ -349,19 +349,19 @@ def consistency_loss(student_logits: Tensor, teacher_logits: Tensor, mask: Tenso
 
 
 def ramp(iteration: int, iterations: int, length: int = 4000, share: float = 0.25) -> float:
-    """Eq. (13)'s factor of lambda, in (0, 1]: exp(-5 (1 - t/T)^2) for t < T, then 1; T: length, at most share x iterations."""
+    """The factor of Eq. (13)'s lambda, in (0, 1]: exp(-5 (1 - t/T)^2) for t < T, then 1;  T = min(length, share iterations)."""
     T = min(length, share * iterations)
     return math.exp(-5 * (1 - iteration / T) ** 2) if iteration < T else 1.0
 
 
 @torch.no_grad()
 def update_teacher(teacher: nn.Module, model: nn.Module, ema: float) -> None:
-    """theta' <- ema theta' + (1 - ema) theta, for weights and for floating point buffers; others are copied."""
+    """theta' <- ema theta' + (1 - ema) theta, for weights and floating-point buffers; others are copied."""
     for old, new in zip(teacher.state_dict().values(), model.state_dict().values(), strict=True):
         old.copy_(torch.lerp(old, new, 1 - ema) if old.is_floating_point() else new)
 
 
-RAND_AUGMENT = (                                       # torchvision's, on uint8 images, and their argument for m in [-1, 1]
+RAND_AUGMENT = (                                       # torchvision's, for uint8 images; argument for m in [-1, 1]
     ("autocontrast", None), ("equalize", None), ("posterize", lambda m: 8 - round(4 * abs(m))),
     ("solarize", lambda m: 255 * (1 - abs(m))), ("adjust_saturation", lambda m: 1 + m), ("adjust_contrast", lambda m: 1 + m),
     ("adjust_brightness", lambda m: 1 + m), ("adjust_sharpness", lambda m: 1 + m))
@@ -369,12 +369,12 @@ RAND_AUGMENT = (                                       # torchvision's, on uint8
 
 def phi(images: Tensor, seeds: list[int], operations: int = 2, strength: float = 0.5,
         cutout: float = 0.4) -> tuple[Tensor, Tensor]:
-    """RandAugment's operations on colours, then CutOut, each image as a function of its seed.
-    Args: images (N, 3, H, W), normalised; cutout, side of the square as a share of the shorter side.
+    """RandAugment's colour operations, then CutOut; each result depends only on its image and seed.
+    Args: images (N, 3, H, W), normalised; cutout: side of the square as a share of the shorter side.
     Returns: images of the same kind, and (N, H, W) bool, false where CutOut removed a pixel."""
     from torchvision.transforms.v2 import functional  # takes seconds, which --help does not need
     mean, std = torch.tensor((data.IMAGENET_MEAN, data.IMAGENET_STD)).to(images, non_blocking=True)[..., None, None]
-    augmented, kept = torch.empty_like(images), torch.ones_like(images[:, 0], dtype=torch.bool)
+    augmented, visible = torch.empty_like(images), torch.ones_like(images[:, 0], dtype=torch.bool)
     side = round(cutout * min(images.shape[-2:]))
     for n, seed in enumerate(seeds):
         generator = torch.Generator().manual_seed(seed)
@@ -383,43 +383,43 @@ def phi(images: Tensor, seeds: list[int], operations: int = 2, strength: float =
             (name, argument), m = RAND_AUGMENT[k], strength * (2 * torch.rand((), generator=generator).item() - 1)
             x = getattr(functional, name)(x, *([argument(m)] if argument else []))
         top, left = (int(torch.randint(1 - side, length, (), generator=generator)) for length in images.shape[-2:])
-        kept[n, max(0, top): top + side, max(0, left): left + side] = False
-        augmented[n] = torch.where(kept[n], (x / 255 - mean) / std, 0.0)                      # 0: the mean colour
-    return augmented, kept
+        visible[n, max(0, top): top + side, max(0, left): left + side] = False
+        augmented[n] = torch.where(visible[n], (x / 255 - mean) / std, 0.0)                   # 0: the mean colour
+    return augmented, visible
 
 
 def align(references: list[Path], size: Size | None, seed: int, image: Tensor, _: int, name: str) -> tuple[Tensor, Callable]:
-    """What the loader's workers do to a source image (3, H, W) uint8: align its crop to a target image, chosen by its name."""
+    """The loader's transform of a source image (3, H, W) uint8: align its crop to a target image, chosen by `name`."""
     return image, photometric_fit(image, references[derive_seed(seed, "alignment", name) % len(references)], size)
 
 
 def torchvision_layer(run: Run, cfg: Config) -> nn.Module:
-    """A layer of a classification network: (1, 3, H, W) -> {"feat": (1, D, h, w)}. Raises: UserError if it is unavailable."""
+    """One layer of a classification network: (1, 3, H, W) -> {"feat": (1, D, h, w)}. Raises: UserError if unavailable."""
     from torchvision import models  # takes seconds, which --help does not need
     from torchvision.models.feature_extraction import create_feature_extractor
     try:
         net = models.get_model(cfg.stm_backbone, weights=None if cfg.stm_weights else "IMAGENET1K_V1")
         layer = run.place(create_feature_extractor(net, {cfg.stm_layer: "feat"}).eval().requires_grad_(False))
-        _, _, _, _ = layer(torch.zeros(1, 3, 64, 128, device=run.device))["feat"].shape       # or it is no feature map
+        _, _, _, _ = layer(torch.zeros(1, 3, 64, 128, device=run.device))["feat"].shape       # fails if it is no feature map
     except Exception as error:                         # a download raises almost anything
-        raise UserError(f"--stm-backbone {cfg.stm_backbone}: torchvision does not know it, its ImageNet weights are not here "
-                        f"and did not download, or --stm-layer {cfg.stm_layer} gives no feature map ({type(error).__name__}); "
-                        "give --stm-weights PATH, or --stm-backbone warmup, or --no-stm") from error
+        raise UserError(f"--stm-backbone {cfg.stm_backbone}: torchvision does not know it, its ImageNet weights "
+                        f"cannot be downloaded, or --stm-layer {cfg.stm_layer} gives no feature map ({type(error).__name__}); "
+                        "give --stm-weights PATH, --stm-backbone warmup or --no-stm") from error
     if cfg.stm_weights:
         from common.published import read_weights  # only a file of weights needs it
-        found, needed = read_weights(cfg.stm_weights, "--stm-weights"), layer.state_dict()
-        if missing := [key for key, value in needed.items() if key not in found or found[key].shape != value.shape]:
+        weights, needed = read_weights(cfg.stm_weights, "--stm-weights"), layer.state_dict()
+        if missing := [key for key, value in needed.items() if key not in weights or weights[key].shape != value.shape]:
             raise UserError(f"--stm-weights {cfg.stm_weights} lacks {len(missing)} keys of {cfg.stm_backbone} ({missing[0]}, "
-                            "...) or has them in another shape; give weights of this network in torchvision's names")
-        layer.load_state_dict({key: found[key] for key in needed})
+                            "...) or has other shapes for them; give weights of this network under torchvision's names")
+        layer.load_state_dict({key: weights[key] for key in needed})
     return layer
 
 
 def independent_encoder(run: Run, cfg: Config, model: nn.Module) -> Callable[[Tensor], Tensor]:
-    """E^, a function: image (1, 3, H, W) -> features (cells of `stm_grid`, D). Raises: UserError if it is unavailable."""
+    """E^, a function: image (1, 3, H, W) -> features (cells of `stm_grid`, D). Raises: UserError if unavailable."""
     layer = torchvision_layer(run, cfg) if cfg.stm_backbone != "warmup" else None
     if layer is None and not hasattr(model.encoder, "layer4"):
-        raise UserError("--stm-backbone warmup needs a network whose encoder is a ResNet: --stm-backbone resnet18, or --no-stm")
+        raise UserError("--stm-backbone warmup needs a ResNet encoder: give --stm-backbone resnet18 or --no-stm")
 
     def encode(x: Tensor) -> Tensor:
         x = F.interpolate(x, cfg.stm_size[::-1], mode="bilinear", antialias=True)
@@ -437,16 +437,16 @@ def class_scores(feat: Tensor, gmms: Gmm) -> Tensor:
 
 
 def fit_prototypes(run: Run, cfg: Config, model: nn.Module, source: Dataset) -> dict[str, Tensor]:
-    """Eq. (3) over the aligned source set in one pass, then a mixture per category: weight (C, G), mean and variance
-    (C, G, D), anchor (C, D), count (C,) of samples."""
+    """Eq. (3) over the aligned source set, in one pass, then a mixture per category. Returns: weight (C, G), mean and variance
+    (C, G, D), anchor (C, D), number of samples: count (C,)."""
     C, sample = len(run.classes), FeatureSample(len(run.classes), cfg.samples, run.options.seed)
     for x, y, (name,) in run.sweep("source features", source):
         with run.autocast():
             feat, logits = model(x)                                                           # (1, D, h, w), (1, C, h, w)
         label = correct_label_map(logits, resize_label(y, logits.shape[-2:]))                 # (1, h, w)
         sample.add(name, feat[0].flatten(1).T, label.flatten())
-    found = [sample.features(c) for c in range(C)]
-    feats = [torch.empty(0, model.feat_channels) if feat is None else feat for feat in found]
+    samples = [sample.features(c) for c in range(C)]
+    feats = [torch.empty(0, model.feat_channels) if feat is None else feat for feat in samples]
     gmms = [fit_gmm(feat.to(run.float64_device), cfg.components, cfg.em_iterations, cfg.em_tol,
                     derive_seed(run.options.seed, "gmm", c), variance_floor=cfg.variance_floor) for c, feat in enumerate(feats)]
     anchor = torch.stack([feat.mean(dim=0, dtype=torch.float64).float() for feat in feats])   # NaN without samples
@@ -455,7 +455,7 @@ def fit_prototypes(run: Run, cfg: Config, model: nn.Module, source: Dataset) -> 
 
 
 def choose_delta(run: Run, cfg: Config, model: nn.Module, gmms: Gmm, target: SegmentationDataset) -> float:
-    """delta: as given, or by --pl-ratio from the best log density of a million target pixels, or the paper's."""
+    """delta: by --delta; by --pl-ratio, from the best log densities of a million target pixels; or the paper's."""
     if cfg.delta is not None or cfg.pl_ratio is None:
         return cfg.delta if cfg.delta is not None else {"synthia": -50.0}.get(run.options.source, 100.0)
     sample = FeatureSample(1, 1_000_000, run.options.seed)
@@ -469,19 +469,19 @@ def choose_delta(run: Run, cfg: Config, model: nn.Module, gmms: Gmm, target: Seg
 
 def label_target(run: Run, cfg: Config, model: nn.Module, gmms: Gmm | None, anchors: Tensor | None, target: SegmentationDataset,
                  folder: Path) -> dict:
-    """Write the pseudo labels of the target set, and measure the warm-up model's entropy on it in the same pass.
-    Returns: e_c (C,), NaN for a category that is never predicted; delta, and the percentage of the pixels per label."""
+    """One pass over the target: write the pseudo labels and measure the warm-up model's entropy.
+    Returns: e_c (C,), NaN for a category that is never predicted; delta; the percentage of pixels per label."""
     C, theta = len(run.classes), torch.full((len(run.classes),), 0.9)
     delta = None if cfg.assign == "none" else choose_delta(run, cfg, model, gmms, target)
     pixels, (count, entropy) = torch.zeros(C + 1, dtype=torch.float64), torch.zeros(2, C, dtype=torch.float64)
-    shared = cfg.assign != "ias"                                                              # it goes image by image
+    shared = cfg.assign != "ias"                                                              # IAS needs all images in order
     for x, _, (name,) in run.sweep("pseudo labels", target, shared):
         with run.autocast():
             feat, logits = model(x)                                                           # (1, D, h, w), (1, C, h, w)
         log_p = logits.log_softmax(dim=1)
-        own = log_p.argmax(dim=1).flatten().cpu()
-        entropy.index_add_(0, own, -(log_p.exp() * log_p).sum(dim=1).flatten().cpu().double())
-        count += own.bincount(minlength=C)
+        predicted = log_p.argmax(dim=1).flatten().cpu()
+        entropy.index_add_(0, predicted, -(log_p.exp() * log_p).sum(dim=1).flatten().cpu().double())
+        count += predicted.bincount(minlength=C)
         if cfg.assign == "none":
             continue
         if cfg.assign == "maps":
@@ -504,7 +504,7 @@ def label_target(run: Run, cfg: Config, model: nn.Module, gmms: Gmm | None, anch
 
 
 def cluster_target(run: Run, cfg: Config, encoder: Callable, source: Dataset, target: SegmentationDataset) -> dict[str, Tensor]:
-    """Sec. 3.4: prototypes (J, D) of the target's features of E^, and d_mean, the source features' mean distance to them."""
+    """Sec. 3.4: prototypes (J, D) of E^'s target features, and d_mean, the mean distance of its source features to them."""
     sample = FeatureSample(1, cfg.stm_samples, run.options.seed)
     for x, _, (name,) in run.sweep("target features", target):
         feat = encoder(x)                                                                     # (cells, D)
@@ -519,7 +519,7 @@ def cluster_target(run: Run, cfg: Config, encoder: Callable, source: Dataset, ta
 
 def write_transferability(run: Run, cfg: Config, encoder: Callable, prototypes: Tensor, d_mean: float, e: Tensor,
                           source: Dataset, folder: Path) -> dict:
-    """Write w of every source image as an 8-bit map."""
+    """Write w of each source image as an 8-bit map."""
     for x, y, (name,) in run.sweep("transferability", source):
         distance = target_distance(encoder(x), prototypes).view(1, 1, *cfg.stm_grid[::-1])
         distance = F.interpolate(distance, y.shape[-2:], mode="nearest-exact")[:, 0]          # (1, H, W)
@@ -530,24 +530,24 @@ def write_transferability(run: Run, cfg: Config, encoder: Callable, prototypes: 
 @torch.no_grad()
 def prepare_selftraining(run: Run, cfg: Config, model: nn.Module, encoder: Callable | None, source: Dataset,
                          target: SegmentationDataset) -> tuple[SegmentationDataset, dict]:
-    """What the warm-up model gives, each part computed once. Returns: the target with its pseudo labels, and what to log."""
+    """All that the warm-up model gives, each part computed once. Returns: the target with pseudo labels; values for the log."""
     once, gmms, anchors, note = partial(run.once, "selftrain"), None, None, {}
     model.eval()
     if cfg.assign != "none":
-        found = once("prototypes", lambda: fit_prototypes(run, cfg, model, source))
-        gmms, anchors = Gmm(*(found[key].to(run.float64_device) for key in Gmm._fields)), found["anchor"].to(run.device)
-        note["samples"] = dict(zip(run.classes.names, found["count"].tolist()))
+        fitted = once("prototypes", lambda: fit_prototypes(run, cfg, model, source))
+        gmms, anchors = Gmm(*(fitted[key].to(run.float64_device) for key in Gmm._fields)), fitted["anchor"].to(run.device)
+        note["samples"] = dict(zip(run.classes.names, fitted["count"].tolist()))
     if cfg.assign != "none" or cfg.stm:
         folder = run.folder / "pseudo_labels"
-        found = once("labels", lambda: label_target(run, cfg, model, gmms, anchors, target, folder))
-        note |= {**found, "entropy": found["entropy"].tolist()}
+        measured = once("labels", lambda: label_target(run, cfg, model, gmms, anchors, target, folder))
+        note |= {**measured, "entropy": measured["entropy"].tolist()}
     labelled = target if cfg.assign == "none" else target.with_maps(folder)
     if cfg.assign != "none":
         draw_maps(run, "labels.png", labelled, ["target", "pseudo label"], lambda photo, y: [colorize(y, run.classes)])
     if cfg.stm:
-        maps, e = run.folder / "transferability", normalised_entropy(found["entropy"]).float().to(run.device)
-        found = once("target", lambda: cluster_target(run, cfg, encoder, source, target))
-        A, d_mean = found["prototypes"].to(run.device), found["d_mean"].item()
+        maps, e = run.folder / "transferability", normalised_entropy(measured["entropy"]).float().to(run.device)
+        clusters = once("target", lambda: cluster_target(run, cfg, encoder, source, target))
+        A, d_mean = clusters["prototypes"].to(run.device), clusters["d_mean"].item()
         once("transferability", lambda: write_transferability(run, cfg, encoder, A, d_mean, e, source, maps))
         draw_maps(run, "transferability.png", fixed_version(source.dataset.with_maps(maps), 0), ["source", "weighted by w"],
                   lambda photo, w: [(photo * (w[..., None].numpy() / 255)).astype("uint8")])
@@ -556,7 +556,7 @@ def prepare_selftraining(run: Run, cfg: Config, model: nn.Module, encoder: Calla
 
 
 def sgd(model: nn.Module, cfg: Config, lr: float) -> torch.optim.SGD:
-    """Sec. 4.2's optimizer. Args: lr: the encoder's rate."""
+    """Sec. 4.2's optimizer; lr is the encoder's rate."""
     return torch.optim.SGD(model.parameter_groups(cfg.head_rate * lr, 1 / cfg.head_rate), lr=lr, momentum=cfg.momentum,
                            weight_decay=cfg.weight_decay)
 
@@ -578,7 +578,7 @@ def warm_up(run: Run, cfg: Config, model: nn.Module, source: SegmentationDataset
 
 def self_train(run: Run, cfg: Config, model: nn.Module, source: SegmentationDataset, target: SegmentationDataset,
                note: dict | None = None) -> None:
-    """Eq. (13): L = L_ce + L_sce + lambda L_consist."""
+    """Eq. (13):  L = L_ce + L_sce + lambda L_consist."""
     teacher = copy.deepcopy(model).requires_grad_(False).eval()
     optimizer = sgd(model, cfg, cfg.adapt_lr)
     state = {"model": model, "teacher": teacher, "optimizer": optimizer}
@@ -593,13 +593,13 @@ def self_train(run: Run, cfg: Config, model: nn.Module, source: SegmentationData
         consist = torch.zeros_like(ce)
         if cfg.lambda_consist:
             seeds = run.item_seeds(len(x_t), "phi", it)
-            x_phi, kept = phi(x_t, seeds, cfg.phi_operations, cfg.phi_strength, cfg.cutout)
+            x_phi, visible = phi(x_t, seeds, cfg.phi_operations, cfg.phi_strength, cfg.cutout)
             with run.autocast():
                 if cfg.augment == "student":
                     _, logits_t = model(x_phi)
                 with torch.no_grad():
                     _, logits_teacher = teacher(x_phi if cfg.augment == "teacher" else x_t)
-            mask = resize_label(kept.long(), logits_t.shape[-2:]).bool()
+            mask = resize_label(visible.long(), logits_t.shape[-2:]).bool()
             consist = consistency_loss(logits_t, logits_teacher, mask)                        # Eq. (12)
         lambda_it = cfg.lambda_consist * ramp(it, cfg.selftrain_iterations, cfg.ramp_iterations, cfg.ramp_share)
         loss = ce + sce + lambda_it * consist                                                 # Eq. (13)
@@ -614,7 +614,7 @@ def self_train(run: Run, cfg: Config, model: nn.Module, source: SegmentationData
 
 @torch.no_grad()
 def write_hard_labels(run: Run, cfg: Config, stage: str, model: nn.Module, target: SegmentationDataset, folder: Path) -> dict:
-    """Labels for a round of distillation: the argmax of every target pixel, multi-scale and flipped."""
+    """Labels for a round of distillation: each target pixel's argmax, multi-scale and flipped."""
     model.eval()
     for x, _, (name,) in run.sweep(f"labels of {stage}", target):
         with run.autocast():
@@ -624,7 +624,7 @@ def write_hard_labels(run: Run, cfg: Config, stage: str, model: nn.Module, targe
 
 def distill(run: Run, cfg: Config, stage: str, student: nn.Module, previous: nn.Module, source: SegmentationDataset,
             target: SegmentationDataset) -> None:
-    """A round of distillation [40]: weighted source, hard labels and KL of the model before."""
+    """A round of distillation [40]: weighted source, hard labels of the previous model, and KL to it."""
     previous.requires_grad_(False).eval()
     optimizer = sgd(student, cfg, cfg.adapt_lr)
     state = {"model": student, "optimizer": optimizer}
@@ -648,14 +648,14 @@ def distill(run: Run, cfg: Config, stage: str, student: nn.Module, previous: nn.
 
 
 def check(cfg: Config) -> None:
-    """Check the method's settings before anything is loaded."""
+    """Refuse invalid settings before anything is loaded. Raises: UserError."""
     if cfg.delta is not None and cfg.assign != "maps":
-        raise UserError(f"--delta is the threshold of --assign maps, not of --assign {cfg.assign}: leave it out")
+        raise UserError(f"--delta is the threshold of --assign maps, not of --assign {cfg.assign}: omit it")
     if cfg.stm_weights and cfg.stm_backbone == "warmup":
-        raise UserError("--stm-weights are for a network of torchvision's: name it by --stm-backbone and --stm-layer")
+        raise UserError("--stm-weights needs a torchvision network: name it by --stm-backbone and --stm-layer")
     if cfg.adapt_freeze_bn == "all" and not cfg.continue_warmup:
-        raise UserError("--adapt-freeze-bn all freezes layers that have seen no image, as self-training starts from the "
-                        "initial weights: add --continue-warmup, or leave it out")
+        raise UserError("--adapt-freeze-bn all freezes untrained batch norm, because self-training starts from the initial "
+                        "weights: add --continue-warmup, or omit it")
 
 
 @command
@@ -680,13 +680,13 @@ def main(argv: list[str] | None = None) -> None:
     domain = "target" if options.target_labels else "source"
     source = run.images(domain, "train", augment=augment, transform=transform)
     if cfg.stm and "selftrain" in run.selected and not (run.folder / "selftrain-transferability.pt").exists():
-        encoder = independent_encoder(run, cfg, model)                                        # refuse it now, not later
-    if run.pending("warmup"):                              # train the upper bound for as many iterations as the adapted model
+        encoder = independent_encoder(run, cfg, model)                                        # fails now, not after the warm-up
+    if run.pending("warmup"):                              # the upper bound trains as long as the adapted model
         warm_up(run, cfg, model, source, run.lengths["warmup"])
         run.evaluate("warmup", model, test, tests)
     if run.pending("selftrain"):
-        whole = fixed_version(run.images(domain, "train", transform=transform), 0)
-        labelled, note = prepare_selftraining(run, cfg, model, encoder, whole, target)
+        aligned = fixed_version(run.images(domain, "train", transform=transform), 0)
+        labelled, note = prepare_selftraining(run, cfg, model, encoder, aligned, target)
         model = model if cfg.continue_warmup else run.network("v3+", fresh=True)
         if cfg.continue_warmup or cfg.adapt_freeze_bn != "auto":
             model.freeze_bn("all" if cfg.adapt_freeze_bn == "auto" else cfg.adapt_freeze_bn)
@@ -695,7 +695,7 @@ def main(argv: list[str] | None = None) -> None:
         run.evaluate("selftrain", model, test, tests)
     for stage in filter(run.pending, run.stages[2:]):
         if cfg.stm and not maps.is_dir():
-            raise UserError(f"{maps} is not there: --from has no transferability maps beside it; add --no-stm")
+            raise UserError(f"{maps} is missing: --from has no transferability maps beside it; add --no-stm")
         weighted, folder, previous = source.with_maps(maps) if cfg.stm else source, run.folder / stage, model
         run.once(stage, "labels", partial(write_hard_labels, run, cfg, stage, previous, target, folder))
         model = run.network("v3+", fresh=True)
@@ -705,7 +705,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def draw_maps(run: Run, file: str, images: Dataset, titles: list[str], paint: Callable) -> None:
-    """A picture: four images, each beside what `paint(photo, map)` makes of its map."""
+    """Draw four images, each beside `paint(photo, map)`, the pictures of its map."""
     items = (images[k] for k in range(0, len(images), max(1, len(images) // 4))[:4])
     run.draw(file, [[photo := denormalise(image), *paint(photo, values)] for image, _, _, values in items], titles)
 

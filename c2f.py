@@ -2,14 +2,14 @@
 
 Ma, Lin, Wu, Yu. CVPR 2021. arXiv:2103.13041
 
-Coarse: every source image takes the colours and the lightness of a random target image (global photometric alignment). Fine:
-in K steps, a triplet loss holds source features near their category's centre, and the target learns from valid pseudo labels
-of the model of the step before, also on its augmented images. There is no published code. Stages: step0 -> step1 .. stepK.
+Coarse: each source image takes the colours and the lightness of a random target image (global photometric alignment). Fine,
+in K steps: a triplet loss holds source features near the centre of their category. The target, also augmented, learns from
+valid pseudo labels of the previous step's model. There is no published code. Stages: step0 -> step1 .. stepK.
 
     Sec. 3.2       rgb_to_lab, lab_to_rgb, match_histogram, photometric_align
     Eqs. (1), (2)  solve_gamma
     Sec. 3.1       category_thresholds            t_c = min(P_h, P_s,c)
-    Eq. (3)        category_centers               from class_sums, added up over the aligned source
+    Eq. (3)        category_centers               from class_sums over the aligned source
     Eq. (4)        triplet_loss
     Eq. (5)        consistency_loss
     Step 0         train_step0                    T_0 on tau(M') by L_seg
@@ -17,34 +17,40 @@ of the model of the step before, also on its augmented images. There is no publi
 
     M, M', N   source images, aligned source images, target images      tau    colour jitter
     T_i        model of step i                                          f_c    centre of category c, (C, D), unit length
-    P_h, P_s,c caps of t_c: `--P-h`, and p percent of c lie above        G      L2 normalisation
+    P_h, P_s,c limits of t_c: `--P-h`; p percent of c lie above P_s,c    G      L2 normalisation
     alpha      `--margin` of Eq. (4)                                     beta   weight in Eq. (2)
     K, U       steps after step 0, iterations of each                    C, c   categories
 
     python c2f.py --align SOURCE.png REFERENCE.png OUT.png              align one picture
     python c2f.py --toy                                      the toy city, some minutes on two cores
     python c2f.py --source gta5                              the paper's GTA5 -> Cityscapes; again to resume
-    torchrun --nproc_per_node=4 c2f.py --source gta5 --batch-size 1           the paper's four GPUs with one sample each
+    torchrun --nproc_per_node=4 c2f.py --source gta5 --batch-size 1           the same on four GPUs, as in the paper
     python c2f.py --source gta5 --alignment none --tag no-gpa                                           Table 3
     python c2f.py --source gta5 --from runs/c2f-gta5/step0.pt --lambda-triplet 0 --tag no-ctl           Table 3
     python c2f.py --source gta5 --alignment frequency --tag fda                                         Table 4
     python c2f.py --source gta5 --eval                       only evaluate what the run has reached
 
 Departures:
- 1. L_seg, Eqs. (4), (5): sums over pixels are means over the labelled pixels, of each domain on its own.
- 2. Eqs. (1), (2): "sum_L L p(L^gamma)" is the mean of L^gamma over the source image; Sec. 4.1's "beta in (5)" is Eq. (2)'s.
- 3. Eq. (2) is not convex for every histogram: gamma is searched on a grid over [0.05, 6], then refined, on 1,024 levels.
- 4. Eq. (4): "other category centers" is the nearest other one (`--negatives nearest`) or the sum over all (`all`).
- 5. Eqs. (3), (4): a category without a source pixel has no centre: it is no negative, and its pixels are not in the loss.
- 6. Eq. (3): the features are of one aligned version of each source image; ground truth comes to their grid by nearest pixel.
- 7. Sec. 3.1: P_s,c and t_c are lower edges of 250 bins of confidence, P_h the next edge above; P_h if never predicted.
- 8. Sec. 3.1: valid is ">= t_c", as Eq. (5) prints; the text says "higher than".
- 9. Sec. 3.1: pseudo labels are made once per step, at `target_size`, on clean images; L_seg sees those, L_consist tau of them.
-10. Sec. 4.1: p = 10 "as in [14]" stays 10, although [14]'s published code keeps 50 % of each category.
-11. Sec. 4.1: tau's strength and the image sizes are not given; resize, crop and batch norm are CAG's, whom the paper follows.
-12. Sec. 4.1: each step has its own optimizer and rate horizon; no dropout. Step 0 gets what K U = 120k leave of 140k.
-13. Sec. 3.2: matching has no smallest difference: a grey image's a and b differ by rounding, yet take the reference's colours.
-14. Table 4: gamma on all scales a and b from [-128, 128] to [0, 1]; frequencies [33] are swapped on RGB, `window` each way.
+ 1. L_seg, Eqs. (4), (5): the paper sums over pixels; here each loss is a mean over the labelled pixels of its domain.
+ 2. Eqs. (1), (2): "sum_L L p(L^gamma)" is the mean of L^gamma over the source image. Sec. 4.1's "beta in (5)" is Eq. (2)'s.
+ 3. Eq. (2): the objective is not convex for every histogram. A grid search over [0.05, 6] in four passes, each around the
+    best value so far, gives gamma. The histograms have 1,024 levels.
+ 4. Eq. (4): "other category centers" is the nearest other centre (`--negatives nearest`) or the sum over all others (`all`).
+ 5. Eqs. (3), (4): a category without source pixels has no centre. It is no negative, and its pixels do not enter the loss.
+ 6. Eq. (3): the features come from one aligned version per source image. Labels are resized to their grid (nearest pixel).
+ 7. Sec. 3.1: confidences are counted in 250 bins. P_s,c is the lower edge of a bin. If P_h lies between two edges, it
+    counts as the upper one. A category that is never predicted has t_c = P_h.
+ 8. Sec. 3.1: a pseudo label is valid from t_c on (">=", as in Eq. (5)); the text says "higher than".
+ 9. Sec. 3.1: pseudo labels are made once per step, from clean images at `target_size`. L_seg on the target trains on images
+    without tau, L_consist on the same images with tau.
+10. Sec. 4.1: p is 10, as the paper says ("as in [14]"). The published code of [14] keeps 50 % of each category.
+11. Sec. 4.1: tau's strength and image sizes are not given. Resize, crop and batch norm are CAG's, which the paper follows.
+12. Sec. 4.1: each step has its own optimizer and learning rate schedule. There is no dropout. Steps 1 to K take 120k of the
+    paper's 140k iterations (K U), so step 0 has 20k.
+13. Sec. 3.2: f_match has no threshold for small differences. The a and b of a grey image differ only by rounding, but they
+    take the reference's colours.
+14. Table 4: "gamma on all" scales a and b from [-128, 128] to [0, 1]. Frequency alignment [33] works on RGB; its window reaches
+    `--window` of the shorter side from frequency 0, in both directions.
 """
 
 from __future__ import annotations
@@ -71,7 +77,7 @@ from common.metrics import print_table
 from common.run import Options, Run
 from common.viz import denormalise
 
-BINS = 250                                             # of confidences; 0.9 is an edge of a bin
+BINS = 250                                             # of confidence; 0.9 is a bin's edge
 
 
 @dataclass
@@ -80,16 +86,16 @@ class Config:
 
     backbone: str = option("resnet101", "encoder of DeepLab v3+", paper="resnet101", section="Sec. 4.1",
                            choices=("resnet101", "resnet50", "resnet18"))
-    adapt_freeze_bn: str = option("all", "batch norm kept fixed in steps 1 to K", choices=("all", "encoder", "none"))
+    adapt_freeze_bn: str = option("all", "frozen batch norm in steps 1 to K", choices=("all", "encoder", "none"))
     K: int = option(6, "steps after step 0", paper=6, section="Sec. 4.1", low=1)
-    alignment: str = option("gpa", "gpa: gamma for L, histograms for a and b; gamma or histograms for all; frequencies; none",
+    alignment: str = option("gpa", "gpa: gamma for L, histograms for a and b; gamma or histogram: for L, a and b",
                             paper="gpa", section="Sec. 3.2", choices=("gpa", "gamma", "histogram", "frequency", "none"))
     beta: float = option(0.01, "weight of (gamma - 1)^2, Eq. (2)", paper=0.01, section="Sec. 4.1", low=0.0)
     window: float = option(0.01, "half width of the frequency window, of the shorter side", low=0.0, high=0.5)
-    P_h: float = option(0.9, "cap of the confidence thresholds", paper=0.9, section="Sec. 4.1", low=0.0, high=1.0)
+    P_h: float = option(0.9, "upper limit of the confidence thresholds", paper=0.9, section="Sec. 4.1", low=0.0, high=1.0)
     p: float = option(10.0, "percent of a category's pixels above P_s,c", paper=10.0, section="Sec. 4.1", low=0.0, high=100.0)
     margin: float = option(0.2, "alpha, margin of the triplet loss", paper=0.2, section="Sec. 4.1", low=0.0)
-    negatives: str = option("nearest", "other centres in Eq. (4): the nearest, or all summed", choices=("nearest", "all"))
+    negatives: str = option("nearest", "other centres in Eq. (4): the nearest, or the sum over all", choices=("nearest", "all"))
     triplet_target: bool = option(False, "triplet loss also with pseudo labels on the target", paper=False, section="Table 4")
     lambda_pseudo: float = option(1.0, "weight of L_seg on the target", paper=1.0, section="Sec. 3.1", low=0.0)
     lambda_triplet: float = option(1.0, "weight of L_triplet; 0: without CTL", paper=1.0, section="Sec. 3.1", low=0.0)
@@ -105,19 +111,16 @@ class Config:
     batch_size: int = option(4, "images per batch, of each domain and in each process", paper=4, section="Sec. 4.1", low=1)
     scale: tuple[float, float] = option((1.0, 1.5), "range of the random resize in training", low=0.1)
     crop: Size = option(Size(1280, 640), "random crop in training")
-    align: tuple[str, str, str] | None = option(None, "SOURCE REFERENCE OUT: only align this picture", defines_run=False)
+    align: tuple[str, str, str] | None = option(None, "SOURCE REFERENCE OUT: only align this image", defines_run=False)
 
 
 TOY = dict(data="data/toycity", init="none", backbone="resnet18", source_size=Size(128, 64), target_size=Size(128, 64),
            crop=Size(128, 64), batch_size=2, K=2, lr=5e-3, step_lr=2.5e-3, step0_iterations=720, step_iterations=240,
            workers=0, amp="auto", channels_last=True)
 
-
 RGB_TO_XYZ = ((0.412453, 0.357580, 0.180423), (0.212671, 0.715160, 0.072169), (0.019334, 0.119193, 0.950227))
 WHITE = (0.95047, 1.0, 1.08883)                        # sRGB's D65; both as in scikit-image
-
-
-TO_LINEAR, TO_SRGB, LAB_CURVE = (                      # of values in [0, 1]; the loader evaluates them `by_table`
+TO_LINEAR, TO_SRGB, LAB_CURVE = (                      # for values in [0, 1]; the loader uses tables (`by_table`)
     lambda v: torch.where(v > 0.04045, ((v + 0.055) / 1.055).pow(2.4), v / 12.92),
     lambda v: torch.where(v > 0.0031308, 1.055 * v.clamp(min=0.0031308).pow(1 / 2.4) - 0.055, 12.92 * v),
     lambda v: torch.where(v > 0.008856, v.clamp(min=0.008856).pow(1 / 3), 7.787 * v + 16 / 116))
@@ -132,11 +135,11 @@ def rgb_to_lab(rgb: Tensor, evaluate: Callable = lambda curve, x: curve(x)) -> T
 
 
 def lab_to_rgb(lab: Tensor, evaluate: Callable = lambda curve, x: curve(x)) -> Tensor:
-    """CIE Lab (..., 3, H, W) float, L in 0..100, to sRGB (..., 3, H, W) in [0, 1], colours outside its range cut off."""
+    """CIE Lab (..., 3, H, W) float, L in 0..100, to sRGB (..., 3, H, W), clamped to [0, 1]."""
     L, a, b = lab.unbind(dim=-3)
     y = (L + 16) / 116
     f = torch.stack([y + a / 500, y, (y - b / 200).clamp(min=0)], dim=-3)
-    xyz = f.clamp(min=0.2068966).pow(3) + (f.clamp(max=0.2068966) - 0.2068966) / 7.787        # a cube, and a line below it
+    xyz = f.clamp(min=0.2068966).pow(3) + (f.clamp(max=0.2068966) - 0.2068966) / 7.787        # cubic above, linear below
     from_xyz = torch.linalg.inv(lab.new_tensor(RGB_TO_XYZ).double()).to(lab) * lab.new_tensor(WHITE)
     linear = (from_xyz @ xyz.flatten(-2)).unflatten(-1, lab.shape[-2:])
     return evaluate(TO_SRGB, linear).clamp(0, 1)
@@ -144,13 +147,13 @@ def lab_to_rgb(lab: Tensor, evaluate: Callable = lambda curve, x: curve(x)) -> T
 
 def match_histogram(source: Tensor, reference: Tensor, count: Tensor | None = None,
                     reference_count: Tensor | None = None) -> Tensor:
-    """Give a channel the distribution of values of a reference.
+    """Give a channel the value distribution of a reference.
 
-    Sec. 3.2, f_match: a value whose CDF in the source is q becomes the value whose CDF in the reference is q, interpolated
-    linearly between the reference's unique values; pixels of one value stay of one value.
+    Sec. 3.2, f_match: each source value becomes the reference value with the same CDF, by linear interpolation between the
+    reference's unique values. Equal source values stay equal.
 
-    Args: source (H, W), reference (H', W') float; counts of the same shapes: how often each value occurs.  Returns: (H, W).
-    """
+    Args: source (H, W), reference (H', W') float; counts, of the same shapes: how often each value occurs.
+    Returns: (H, W)."""
     (_, index, cdf), (values_n, _, cdf_n) = distribution(source, count), distribution(reference, reference_count)
     right = torch.searchsorted(cdf_n, cdf).clamp(max=len(values_n) - 1)                       # linear interpolation
     left = (right - 1).clamp(min=0)
@@ -159,7 +162,7 @@ def match_histogram(source: Tensor, reference: Tensor, count: Tensor | None = No
 
 
 def distribution(x: Tensor, count: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """The unique values of x (U,), ascending, the index (H, W) of each pixel's among them, and their CDF (U,) float64."""
+    """Returns: the unique values of x (U,), ascending; each pixel's index (H, W) into them; their CDF (U,) float64."""
     values, index = x.unique(return_inverse=True)
     occurs = index.flatten().bincount(None if count is None else count.flatten().double()).double()
     return values, index, occurs.cumsum(0) / occurs.sum()
@@ -167,45 +170,43 @@ def distribution(x: Tensor, count: Tensor | None) -> tuple[Tensor, Tensor, Tenso
 
 def solve_gamma(lightness: Tensor, reference_lightness: Tensor, beta: float = 0.01, count: Tensor | None = None,
                 reference_count: Tensor | None = None) -> float:
-    """The exponent that gives the source the mean lightness of the reference, held near 1.
+    """The exponent that gives the source the mean lightness of the reference; beta holds it near 1.
 
     Eq. (2):  gamma* = argmin_gamma (sum_L L^gamma p_s(L) - sum_L L p_t(L))^2 + beta (gamma - 1)^2
 
     Args: lightness, reference_lightness float in [0, 1], of any shapes; beta >= 0; counts as for `match_histogram`.
-    Returns: gamma in [0.05, 6], the optimum for histograms of 1,024 levels to 1e-4; exactly 1 for images of one histogram.
-    """
+    Returns: gamma in [0.05, 6], the optimum for histograms of 1,024 levels to 1e-4; exactly 1 if both histograms are equal."""
     L = torch.linspace(0, 1, 1024, dtype=torch.float64)
     p_s, p_t = (histogram(x, n, len(L)) for x, n in ((lightness, count), (reference_lightness, reference_count)))
-    wanted = (L * p_t).sum()                                                                  # sum_L L p_t(L)
+    reference_mean = (L * p_t).sum()                                                          # sum_L L p_t(L)
 
     def best(gammas: Tensor) -> int:
         mean = (L ** gammas[:, None] * p_s).sum(dim=1)                                        # sum_L L^gamma p_s(L)
-        cost = (mean - wanted) ** 2 + beta * (gammas - 1) ** 2
+        cost = (mean - reference_mean) ** 2 + beta * (gammas - 1) ** 2
         ties = (cost == cost.min()).nonzero()[:, 0]
         return int(ties[(gammas[ties] - 1).abs().argmin()])
 
     gammas = torch.cat([torch.linspace(0.05, 1, 40), torch.linspace(1, 6, 101)[1:]]).double()
     k = best(gammas)
-    for _ in range(3):                                                                        # each time 25 times finer
+    for _ in range(3):                                                                        # each pass is 25 times finer
         between = torch.linspace(float(gammas[max(0, k - 1)]), float(gammas[min(len(gammas) - 1, k + 1)]), 51).double()
-        gammas = torch.cat([between, gammas[k:k + 1]]).unique()                               # keeps the best so far, so 1
+        gammas = torch.cat([between, gammas[k:k + 1]]).unique()                               # keeps an exact 1
         k = best(gammas)
     return float(gammas[k])
 
 
 def histogram(x: Tensor, count: Tensor | None, levels: int) -> Tensor:
-    """(levels,) float64 shares of the values of x, rounded to equally spaced levels of [0, 1], each weighed by its count."""
+    """(levels,) float64 shares of the values of x, rounded to equally spaced levels of [0, 1] and weighted by count."""
     index = (x.clamp(0, 1).float() * (levels - 1)).round().long().flatten()
     total = index.bincount(None if count is None else count.flatten().double(), minlength=levels).double().cpu()
     return total / total.sum()
 
 
 def distinct_colors(image: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The colours of an image, since an aligned pixel is a function of its colour: a photograph has ten times as many pixels.
+    """The colours of an image. Alignment is a function of the colour, and a photo has ten times more pixels than colours.
 
-    Args: image (3, H, W) in [0, 1]; one that does not consist of 256 levels per channel is returned pixel by pixel.
-    Returns: colours (3, 1, U), the index (H, W) of each pixel's colour, and how many pixels each has (1, U).
-    """
+    Args: image (3, H, W) in [0, 1]; without 256 levels per channel, each pixel counts as a colour.
+    Returns: colours (3, 1, U); each pixel's index (H, W) into them; the number of pixels per colour (1, U)."""
     levels = (image * 255).round()
     if (image * 255 - levels).abs().max() > 1e-3:
         index = torch.arange(image[0].numel(), device=image.device).view_as(image[0])
@@ -216,13 +217,12 @@ def distinct_colors(image: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return colors[:, None], index, count[None]
 
 
-def align_lab(own: list, other: list, beta: float = 0.01, kind: str = "gpa") -> Tensor:
+def align_lab(source: list, reference: list, beta: float = 0.01, kind: str = "gpa") -> Tensor:
     """New values of L, a and b. Sec. 3.2: (f_gamma(L_m), f_match(a_m), f_match(b_m)); Table 4: all by "gamma" or "histogram".
 
-    Args: own, other: for each channel its values and how often each occurs, of any one shape.  Returns: (3, ...), as own's.
-    """
+    Args: source, reference: per channel, the values and how often each occurs, in one shape (...).  Returns: (3, ...)."""
     changed = []
-    for (x, n), (x_n, n_n), low, span in zip(own, other, (0, -128, -128), (100, 256, 256), strict=True):
+    for (x, n), (x_n, n_n), low, span in zip(source, reference, (0, -128, -128), (100, 256, 256), strict=True):
         if kind == "gamma" or (kind == "gpa" and not changed):
             gamma = solve_gamma((x - low) / span, (x_n - low) / span, beta, n, n_n)
             changed.append(low + span * ((x - low) / span).clamp(0, 1) ** gamma)              # f_gamma
@@ -232,42 +232,40 @@ def align_lab(own: list, other: list, beta: float = 0.01, kind: str = "gpa") -> 
 
 
 def photometric_align(source: Tensor, reference: Tensor, beta: float = 0.01, kind: str = "gpa") -> Tensor:
-    """Global photometric alignment, Sec. 3.2, exact, at the cost of the images' distinct colours. Call it outside autocast.
+    """Global photometric alignment, Sec. 3.2, exact. Its cost grows with the number of colours. Call it outside autocast.
 
-    Args: source (3, H, W), reference (3, H', W') RGB in [0, 1]; beta, of Eq. (2); kind, of `align_lab`.  Returns: as source.
-    """
+    Args: source (3, H, W), reference (3, H', W') RGB in [0, 1]; beta, of Eq. (2); kind, of `align_lab`.  Returns: as source."""
     (colors, index, n), (colors_n, _, n_n) = distinct_colors(source), distinct_colors(reference)
-    own, other = ([(x, count) for x in rgb_to_lab(c)] for c, count in ((colors, n), (colors_n, n_n)))
-    return lab_to_rgb(align_lab(own, other, beta, kind))[:, 0, index]                         # (3, H, W)
+    lab, lab_n = ([(x, count) for x in rgb_to_lab(c)] for c, count in ((colors, n), (colors_n, n_n)))
+    return lab_to_rgb(align_lab(lab, lab_n, beta, kind))[:, 0, index]                         # (3, H, W)
 
 
 def photometric_fit(source: Tensor, reference: Path, size: Size | None, beta: float = 0.01, kind: str = "gpa") -> Callable:
-    """`photometric_align` of a crop as a part of its image, for the loader: 99 % of the result are exact to 1/255.
+    """`photometric_align` for the loader: aligns a crop by its whole image; 99 % of the values are exact to 1/255.
 
-    Args: source (3, H, W) uint8; reference, an image file, read at this size; beta, kind as for `photometric_align`.
-    Returns: a function of a crop, (3, h, w) float32 in [0, 1].
-    """
+    Args: source (3, H, W) uint8; reference: an image file, resized to `size`; beta, kind as in `photometric_align`.
+    Returns: a function that aligns a crop, (3, h, w) float32 in [0, 1]."""
     from common.pixels import by_table, histograms, in_strips, look_up, sample  # only the loader needs it
     x, n = histograms(rgb_to_lab(sample(source) / 255, by_table), 4096)
     values = align_lab(list(zip(x, n)), reference_histograms(reference, size), beta, kind)    # (3, 4096)
 
     def align(crop: Tensor) -> Tensor:
         lab = zip(rgb_to_lab(crop, by_table), values, x[:, 0].tolist(), x[:, -1].tolist())
-        return lab_to_rgb(torch.stack([look_up(new, own, low, high) for own, new, low, high in lab]), by_table)
+        return lab_to_rgb(torch.stack([look_up(new, old, low, high) for old, new, low, high in lab]), by_table)
     return partial(in_strips, align)
 
 
 @lru_cache(maxsize=4096)
 def reference_histograms(path: Path, size: Size | None) -> list[tuple[Tensor, Tensor]]:
-    """For L, a, b of an image file the values that occur and how often: kept, in 20 KB, as a reference serves many times."""
+    """L, a and b of an image file: per channel, the values and how often each occurs. Cached: 20 KB per image."""
     from common.pixels import by_table, histograms, sample  # only the loader needs it
     lab = rgb_to_lab(sample(data.resize(data.read_image(path), size)) / 255, by_table)
     return [(x[n > 0], n[n > 0]) for x, n in zip(*histograms(lab, 1024))]
 
 
 def align_by_frequency(source: Tensor, reference: Tensor, window: float = 0.01) -> Tensor:
-    """Table 4's frequency alignment [33]: the source's phase with the reference's amplitude at the lowest frequencies, up to
-    `window` of the shorter side; arguments as `photometric_align`."""
+    """Table 4's frequency alignment [33]: the source takes the reference's amplitude at the lowest frequencies, up to `window`
+    of the shorter side. Its phase stays. Arguments as for `photometric_align`."""
     reference = F.interpolate(reference[None], source.shape[-2:], mode="bilinear", antialias=True)[0]
     spectrum, other = torch.fft.fft2(source), torch.fft.fft2(reference)
     half = int(window * min(source.shape[-2:]))
@@ -277,22 +275,21 @@ def align_by_frequency(source: Tensor, reference: Tensor, window: float = 0.01) 
 
 
 def segmentation_loss(logits: Tensor, label: Tensor) -> Tensor:
-    """L_seg: cross entropy on labelled pixels, at the size of the labels.
+    """L_seg: cross entropy on the labelled pixels, at the labels' size.
 
-    Args: logits (N, C, h, w); label (N, H, W) int64, 255 ignored.  Returns: 0-d, mean over the labelled pixels, 0 without any.
-    """
+    Args: logits (N, C, h, w); label (N, H, W) int64, 255 ignored.  Returns: 0-d, mean over the labelled pixels;
+    exactly 0 if there are none."""
     logits = upsample(logits, label.shape[-2:])                                               # (N, C, H, W)
     return labelled_mean(F.cross_entropy(logits, label, ignore_index=IGNORE, reduction="none"), label != IGNORE)
 
 
 def category_thresholds(histogram: Tensor, P_h: float = 0.9, p: float = 10.0) -> Tensor:
-    """Confidence from which a pseudo label is valid, for each category.
+    """Per category, the lowest confidence of a valid pseudo label.
 
     Sec. 3.1:  t_c = min(P_h, P_s,c);  p percent of the pixels of category c have confidence above P_s,c
 
-    Args: histogram (C, B) int64, confidences of the pixels predicted as each category in B equal bins of [0, 1]; p in percent.
-    Returns: (C,) float64: P_s,c is the highest lower edge of a bin at or above which at least p percent lie; P_h where none is.
-    """
+    Args: histogram (C, B) int64: per predicted category, confidences in B equal bins of [0, 1]; p in percent.
+    Returns: (C,) float64. P_s,c: the highest lower edge with >= p percent at or above it; P_h for a category without pixels."""
     at_or_above = histogram.flip(1).cumsum(1).flip(1)                                         # (C, B)
     enough = 100 * at_or_above >= p * at_or_above[:, :1]                                      # true, then false
     P_s = (enough.sum(dim=1) - 1).double() / histogram.shape[1]
@@ -300,33 +297,31 @@ def category_thresholds(histogram: Tensor, P_h: float = 0.9, p: float = 10.0) ->
 
 
 def class_sums(feat: Tensor, label: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
-    """What a batch adds to Eq. (3): feat (N, D, h, w), label (N, h, w), 255 ignored -> sum (C, D) float64, count (C,) int64."""
+    """A batch's part of Eq. (3): feat (N, D, h, w), label (N, h, w), 255 ignored -> sum (C, D) float64, count (C,) int64."""
     feat, label = feat.movedim(1, -1)[label != IGNORE], label[label != IGNORE]                # (M, D), (M,)
     one_hot = label == torch.arange(num_classes, device=label.device)[:, None]                # (C, M)
     return one_hot.double() @ feat.double(), one_hot.sum(dim=1)
 
 
 def category_centers(sum: Tensor, count: Tensor) -> Tensor:  # noqa: A002
-    """Centres of the categories on the unit sphere.
+    """The category centres, on the unit sphere.
 
     Eq. (3):  f_c = G(1 / N_c sum_s sum_i sum_j 1(y_ij = c) x_ij),  G: L2 normalisation
 
-    Args: sum (C, D) and count (C,), of `class_sums`.  Returns: (C, D), rows of length 1; NaN for a category without pixels.
-    """
+    Args: sum (C, D), count (C,), from `class_sums`.  Returns: (C, D), rows of length 1; NaN for a category without pixels."""
     mean = sum / count[:, None]
     return mean / mean.norm(dim=1, keepdim=True)
 
 
 def triplet_loss(feat: Tensor, label: Tensor, centers: Tensor, margin: float = 0.2, negatives: str = "nearest") -> Tensor:
-    """Hold every feature closer to its own category's centre than to the others'.
+    """Hold each feature closer to its category's centre than to other centres.
 
     Eq. (4):  L_triplet = sum max(||G(x_ij) - f_c=C|| - ||G(x_ij) - f_c!=C|| + alpha, 0)
 
     Args:
         feat: (N, D, h, w) float; label: (N, h, w) int64 on the feature's grid, 255 ignored.
-        centers: (C, D), fixed, NaN without centre.  margin: alpha.  negatives: "nearest" other centre, or "all", summed.
-    Returns: 0-d, mean over the labelled pixels whose category has a centre; exactly 0 if there are none.
-    """
+        centers: (C, D), fixed; NaN: no centre.  margin: alpha.  negatives: the "nearest" other centre, or the sum over "all".
+    Returns: 0-d, mean over the labelled pixels whose category has a centre; exactly 0 if there are none."""
     if negatives not in ("nearest", "all"):
         raise ValueError(f'negatives is "nearest" or "all", not {negatives!r}')
     absent = centers.isnan().any(dim=1)                                                       # (C,)
@@ -336,32 +331,31 @@ def triplet_loss(feat: Tensor, label: Tensor, centers: Tensor, margin: float = 0
     dot = (centers @ x.flatten(2)).unflatten(2, x.shape[2:])                                  # (N, C, h, w)
     square = x.square().sum(dim=1, keepdim=True) + centers.square().sum(dim=1)[:, None, None] - 2 * dot
     distance = square.clamp(min=1e-12).sqrt()                                                 # (N, C, h, w)
-    own = torch.where(valid, label, 0)[:, None]                                               # (N, 1, h, w)
+    category = torch.where(valid, label, 0)[:, None]                                          # (N, 1, h, w)
     classes = torch.arange(len(centers), device=label.device)[:, None, None]
-    violation = (distance.gather(1, own) - distance + margin).clamp(min=0)                    # (N, C, h, w)
-    violation = violation.masked_fill((classes == own) | absent[:, None, None], 0)
-    loss = violation.amax(dim=1) if negatives == "nearest" else violation.sum(dim=1)          # the nearest violates most
+    violation = (distance.gather(1, category) - distance + margin).clamp(min=0)               # (N, C, h, w)
+    violation = violation.masked_fill((classes == category) | absent[:, None, None], 0)
+    loss = violation.amax(dim=1) if negatives == "nearest" else violation.sum(dim=1)          # the nearest: the largest
     return labelled_mean(loss, valid)
 
 
 def consistency_loss(logits_augmented: Tensor, pseudo_label: Tensor) -> Tensor:
-    """Predict on the augmented image what the model of the step before predicted on the clean one.
+    """Predict on the augmented image what the previous step's model predicted on the clean image.
 
     Eq. (5):  L_cst = sum_j 1(max T_{i-1}(n)|_j >= t_c) CE(y^_j, p_j),  p = T_i(n')
 
     Args: logits_augmented (N, C, h, w), of T_i on tau(n); pseudo_label (N, H, W) int64, of T_{i-1} on n, 255 below t_c.
-    Returns: 0-d, mean over the valid pixels (the paper sums); exactly 0 if there are none.
-    """
+    Returns: 0-d, mean over the valid pixels (the paper sums); exactly 0 if there are none."""
     return segmentation_loss(logits_augmented, pseudo_label)
 
 
 @dataclass
 class Alignment:
-    """What the loader does to a source image (3, H, W) uint8: align it to a target image chosen by the item's seed.
-    Returns: the image, and what is done to its crop. Frequencies are those of the whole image, which stays in 8 bits."""
+    """The loader's transform of a source image (3, H, W) uint8: align it to a target image chosen by the item's seed.
+    Returns: the image, and a function that aligns its crop; or the image aligned by frequency, in 8 bits, and None."""
     cfg: Config
     references: list[Path]
-    size: Size | None                                  # of the references
+    size: Size | None                                  # references are resized to it
 
     def __call__(self, image: Tensor, seed: int, name: str) -> tuple[Tensor, Callable | None]:
         reference, kind = self.references[derive_seed(seed, "reference") % len(self.references)], self.cfg.alignment
@@ -372,7 +366,7 @@ class Alignment:
 
 
 def tau(images: Tensor, strength: float, seeds: list[int]) -> Tensor:
-    """Colour jitter of normalised images (N, 3, H, W), each a function of its seed."""
+    """Colour jitter of normalised images (N, 3, H, W); each result depends only on its image and seed."""
     from common.pixels import jitter  # needs torchvision
     mean, std = torch.tensor((data.IMAGENET_MEAN, data.IMAGENET_STD)).to(images, non_blocking=True)[..., None, None]
     jittered = (images * std + mean).clamp(0, 1)
@@ -382,12 +376,12 @@ def tau(images: Tensor, strength: float, seeds: list[int]) -> Tensor:
 
 
 def first_valid_bin(thresholds: Tensor) -> Tensor:
-    """(C,) t_c -> (C,) int64, the first of the BINS bins of confidence whose lower edge is not below t_c."""
+    """(C,) t_c -> (C,) int64: per category, the first of BINS confidence bins whose lower edge is at least t_c."""
     return (thresholds * BINS - 1e-3).ceil().long()
 
 
 def valid_labels(label: Tensor, confidence_bin: Tensor, thresholds: Tensor) -> Tensor:
-    """Predicted labels, int64 in 0..C-1, with 255 where the confidence, known as a bin of BINS, is below t_c."""
+    """Predicted labels, int64 in 0..C-1, with 255 where the confidence (a bin in 0..BINS-1) is below t_c."""
     return label.masked_fill(confidence_bin < first_valid_bin(thresholds).to(label.device)[label], IGNORE)
 
 
@@ -410,7 +404,7 @@ def source_centers(run: Run, model: nn.Module, aligned: Subset) -> Tensor:
 
 @torch.no_grad()
 def predictions(run: Run, model: nn.Module, what: str, target: SegmentationDataset) -> Iterator[tuple[Tensor, Tensor, str]]:
-    """For each target image T_{i-1}'s label (H, W), its confidence as a bin of BINS (H, W), and the image's name."""
+    """Per target image: T_{i-1}'s label (H, W), its confidence as a bin in 0..BINS-1 (H, W), and the image's name."""
     model.eval()
     for x, _, (name,) in run.sweep(what, target):
         with run.autocast():
@@ -421,7 +415,7 @@ def predictions(run: Run, model: nn.Module, what: str, target: SegmentationDatas
 
 
 def label_target(run: Run, cfg: Config, model: nn.Module, target: SegmentationDataset, folder: Path) -> tuple[Tensor, Tensor]:
-    """One pass for the thresholds, one that writes the valid labels. Returns: t_c (C,), histogram of confidences (C, BINS)."""
+    """One pass computes t_c, a second writes the valid labels. Returns: t_c (C,), histogram of confidences (C, BINS)."""
     histogram = torch.zeros(len(run.classes) * BINS, dtype=torch.int64, device=run.device)
     for label, confidence_bin, _ in predictions(run, model, "thresholds", target):
         histogram += (label * BINS + confidence_bin).flatten().bincount(minlength=len(histogram))
@@ -435,7 +429,7 @@ def label_target(run: Run, cfg: Config, model: nn.Module, target: SegmentationDa
 
 def prepare_step(run: Run, cfg: Config, i: int, model: nn.Module, aligned: Subset,
                  target: SegmentationDataset) -> tuple[Tensor, SegmentationDataset, dict]:
-    """From T_{i-1}, computed once: the centres (C, D), the target with its valid pseudo labels, and what to log."""
+    """Computed once from T_{i-1}: the centres (C, D), the target with valid pseudo labels, and values for the log."""
     step, folder = f"step{i}", run.folder / f"step{i}" / "labels"
     centers = run.once(step, "centers", lambda: {"centers": source_centers(run, model, aligned)})["centers"]
     note = run.once(step, "labels", lambda: report_labels(run, step, centers, *label_target(run, cfg, model, target, folder)))
@@ -465,7 +459,7 @@ def train_step0(run: Run, cfg: Config, model: nn.Module, source: SegmentationDat
 
 def train_step(run: Run, cfg: Config, i: int, model: nn.Module, centers: Tensor, source: SegmentationDataset,
                target: SegmentationDataset, note: dict | None = None) -> None:
-    """Steps 1 to K: from T_{i-1} to T_i by L_seg + L_triplet + L_consist, with fixed centres and pseudo labels."""
+    """Steps 1 to K: from T_{i-1} to T_i by L_seg + L_triplet + L_consist, with fixed centres and fixed pseudo labels."""
     optimizer = sgd(model, cfg, cfg.step_lr)
     state = {"model": model, "optimizer": optimizer}
     model = parallel(model)
@@ -492,7 +486,7 @@ def train_step(run: Run, cfg: Config, i: int, model: nn.Module, centers: Tensor,
 
 
 def align_files(cfg: Config) -> None:
-    """--align SOURCE REFERENCE OUT: align one picture exactly and write it as PNG."""
+    """--align SOURCE REFERENCE OUT: align one image exactly and write a PNG."""
     source, reference = (read_resized(path, None) for path in cfg.align[:2])
     aligned = (photometric_align(source, reference, cfg.beta) * 255).round().byte().permute(1, 2, 0).numpy()
     write_atomically(cfg.align[2], lambda file: Image.fromarray(aligned).save(file, format="PNG"))
@@ -518,7 +512,7 @@ def main(argv: list[str] | None = None) -> None:
     domain = "target" if options.target_labels else "source"
     source = run.images(domain, "train", augment=replace(augment, jitter=cfg.jitter), transform=transform)
     aligned = fixed_version(run.images(domain, "train", transform=transform), derive_seed(options.seed, "centres"))
-    if run.pending("step0"):                               # train the upper bound for as many iterations as the adapted model
+    if run.pending("step0"):                               # the upper bound trains as long as the adapted model
         if transform and not (run.folder / "alignment.png").exists():
             draw_alignments(run, cfg, source, target)
         train_step0(run, cfg, model, source, run.lengths["step0"])
@@ -532,7 +526,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def draw_alignments(run: Run, cfg: Config, source: SegmentationDataset, target: SegmentationDataset) -> None:
-    """A picture: source, reference, and the source by each alignment of Table 4."""
+    """Draw alignment.png: source, reference, and the source aligned by each kind of Table 4."""
     rows, kinds = [], ("gpa", "gamma", "histogram")
     for k in range(4):
         pair = [denormalise(images[k * len(images) // 4][0]) for images in (source, target)]        # (H, W, 3) uint8
@@ -543,17 +537,17 @@ def draw_alignments(run: Run, cfg: Config, source: SegmentationDataset, target: 
 
 
 def report_labels(run: Run, step: str, centers: Tensor, thresholds: Tensor, histogram: Tensor) -> dict:
-    """Print how many pseudo labels of a step are valid, from `label_target`'s histogram. Returns: what to log."""
-    names, without = run.classes.names, centers.isnan().any(dim=1).tolist()
+    """Print how many pseudo labels of a step are valid, by `label_target`'s histogram. Returns: values for the log."""
+    names, no_center = run.classes.names, centers.isnan().any(dim=1).tolist()
     valid = (histogram * (torch.arange(BINS) >= first_valid_bin(thresholds)[:, None])).sum(dim=1)
     percent = (100 * valid / histogram.sum(dim=1)).tolist()
-    print_table(f"{step}: thresholds, and valid pseudo labels of the target's pixels predicted as the category, in percent",
+    print_table(f"{step}: thresholds t_c, and valid pseudo labels per predicted category, in percent",
                 {"t_c": [*(100 * thresholds).tolist(), None], "valid": [*percent, float(100 * valid.sum() / histogram.sum())]},
                 (*names, "all"))
-    absent = [c for c, lacks in zip(names, without) if lacks]
+    absent = [name for name, missing in zip(names, no_center) if missing]
     print(f"{step}: no source pixel, so no centre: {', '.join(absent) or 'none'}", flush=True)
     return {"thresholds": dict(zip(names, thresholds.tolist())), "without_center": absent,
-            "valid_percent": {c: round(share, 2) for c, share in zip(names, percent) if not isnan(share)}}
+            "valid_percent": {name: round(share, 2) for name, share in zip(names, percent) if not isnan(share)}}
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""Images and labels: classes, reading labels as class indices, augmenting, loading. `common/layouts.py` finds the files.
+"""Images and labels: classes, labels as class indices, augmentation, loaders. `common/layouts.py` finds the files.
 
-Every item is a pure function of (file, seed), and the order of items a pure function of (seed, iteration, position in
-the batch), so that neither the number of worker processes nor an interruption changes what a run sees.
+Each item depends only on (file, seed), and the order of items only on (seed, iteration, position in the batch). So neither
+the number of worker processes nor an interruption changes what a run sees.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from common.cli import Size
 from common.files import UserError, write_atomically
 
 IGNORE = 255
-IMAGENET_MEAN = (0.485, 0.456, 0.406)                            # of RGB in [0, 1], as the encoders were trained
+IMAGENET_MEAN = (0.485, 0.456, 0.406)                            # of RGB in [0, 1], as for the encoders' weights
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
 _CLASSES = (  # in the order of Cityscapes' train ids: name, colour, Cityscapes id, SYNTHIA id
@@ -42,11 +42,11 @@ _CLASSES = (  # in the order of Cityscapes' train ids: name, colour, Cityscapes 
     ("motorcycle", (0, 0, 230), 32, 12), ("bicycle", (119, 11, 32), 33, 11),
 )
 _NOT_IN_13 = {"wall", "fence", "pole", "terrain", "truck", "train"}
-# The ids a dataset defines. GTA5 has Cityscapes' -1 (license plate) as 34; 255 is what -1 becomes in 8 bits.
+# The ids that a data set defines. GTA5 stores Cityscapes' -1 (license plate) as 34; in 8 bits, -1 becomes 255.
 DEFINED = {"gta5": (*range(35), 255), "synthia": tuple(range(23)), "cityscapes": (*range(34), 255),
            "crosscity": (*range(34), 255)}
-_UNDEFINED = 254                                                 # in a table from ids to class indices
-# Colours of Cityscapes' ids without a class. GTA5's ids 18 and 34 have none either, but the colours of pole and car.
+_UNDEFINED = 254                                                 # marks undefined ids in `_index_table`
+# Colours of Cityscapes' ids without a class. GTA5's ids 18 and 34 have no class, but the colours of pole and car.
 _VOID = bytes.fromhex("000000 141414 6f4a00 510051 faaaa0 e6968c b4a5b4 966464 96785a 00005a 00006e")
 BY_COLOR = "the palette's colours tell the classes"
 _TWINS = ((18, (153, 153, 153)), (34, (0, 0, 142)))
@@ -54,9 +54,9 @@ _TWINS = ((18, (153, 153, 153)), (34, (0, 0, 142)))
 
 @dataclass(frozen=True)
 class ClassList:
-    """The classes a head predicts, in the order of their indices; means: name of a reported mean -> indices it runs over.
-    stuff: names of those without instances, None if a method's own list says it. ids: file id -> class index or 255, None
-    if the data set decides."""
+    """The classes that a network predicts, in index order. means: name of a reported mean -> indices of its classes. stuff:
+    names of the classes without instances; None: a method uses its own list. ids: file id -> class index or 255; None: those
+    of the data set."""
     names: tuple[str, ...]
     colors: tuple[tuple[int, int, int], ...]
     train_ids: tuple[int, ...]
@@ -69,26 +69,26 @@ class ClassList:
 
 
 class Sizes(dict):
-    """A script's sizes of images: name of a data set -> Size. Raises UserError for the name of another."""
+    """A script's image sizes: name of a data set -> Size. Raises UserError for an unknown name."""
 
     def __missing__(self, name: str):
-        raise UserError(f"{name!r} is none of {', '.join(self)}: a data set of your own needs --classes, --source-size and "
+        raise UserError(f"{name!r} is none of {', '.join(self)}: your own data set needs --classes, --source-size and "
                         "--target-size, see docs/data.md")
 
 
 def class_list(source: str, target: str = "cityscapes") -> ClassList:
-    """The classes of a source -> target pair: 16 from SYNTHIA, else 19; Cross-City's reported mean runs over 13."""
+    """The classes of a source -> target pair: 16 from SYNTHIA, else 19. Cross-City's reported mean is over 13."""
     rows = [(i, row) for i, row in enumerate(_CLASSES) if source != "synthia" or row[3] is not None]
     names = tuple(row[0] for _, row in rows)
-    every, thirteen = tuple(range(len(names))), tuple(k for k, name in enumerate(names) if name not in _NOT_IN_13)
-    means = {"mIoU": thirteen if target == "crosscity" else every}
+    all_indices, thirteen = tuple(range(len(names))), tuple(k for k, name in enumerate(names) if name not in _NOT_IN_13)
+    means = {"mIoU": thirteen if target == "crosscity" else all_indices}
     if source == "synthia" and target != "crosscity":
         means["mIoU*"] = thirteen
     return ClassList(names, tuple(row[1] for _, row in rows), tuple(i for i, _ in rows), means)
 
 
 def _index_table(dataset: str, classes: ClassList) -> np.ndarray:
-    """(256,) uint8: file id -> class index, 255 for a defined id without a class, 254 for an id that is not defined."""
+    """(256,) uint8: file id -> class index, 255 for a defined id without a class, 254 for an undefined id."""
     table = np.full(256, _UNDEFINED, dtype=np.uint8)
     table[[255] if classes.ids else list(DEFINED[dataset])] = IGNORE
     ids = classes.ids or {_CLASSES[k][3 if dataset == "synthia" else 2]: n for n, k in enumerate(classes.train_ids)}
@@ -99,7 +99,7 @@ def _index_table(dataset: str, classes: ClassList) -> np.ndarray:
 
 
 class Pair(NamedTuple):
-    """One image. `name` is its path below the split's folder without its ending: "aachen/aachen_000000_000019"."""
+    """One image. `name` is its path in the split's folder, without its ending: "aachen/aachen_000000_000019"."""
     image: Path
     label: Path | None
     name: str
@@ -107,11 +107,11 @@ class Pair(NamedTuple):
 
 @contextmanager
 def _content(path: str | Path) -> Iterator[bytes]:
-    """The bytes of an image file; whatever a decoder raises about them (half a dozen kinds) becomes a UserError naming it."""
+    """The bytes of an image file. Any error of a decoder (there are half a dozen kinds) becomes a UserError with the path."""
     try:
         content = Path(path).read_bytes()
-        if not content.startswith(b"\xff\xd8"):                  # all but JPEG, which has no checksums: without this check,
-            with Image.open(io.BytesIO(content)) as file:        # torchvision's decoder may take the process with it
+        if not content.startswith(b"\xff\xd8"):                  # all but JPEG, which has no checksums; on a damaged
+            with Image.open(io.BytesIO(content)) as file:        # file, torchvision's decoder may kill the process
                 file.verify()
         yield content
     except UserError:
@@ -122,7 +122,7 @@ def _content(path: str | Path) -> Iterator[bytes]:
 
 
 def read_image(path: str | Path) -> Tensor:
-    """Read a PNG or JPEG as uint8 (3,H,W) RGB. Raises UserError naming a missing, damaged or truncated file."""
+    """Read a PNG or JPEG as uint8 (3,H,W) RGB. Raises UserError with the path of a missing, damaged or truncated file."""
     with _content(path) as content:
         from common.pixels import decode  # torchvision takes seconds, which --help does not need
         image = decode(content, "RGB")
@@ -132,10 +132,10 @@ def read_image(path: str | Path) -> Tensor:
 
 
 def resize(image: Tensor, size: Size | None) -> Tensor:
-    """uint8 (3,H,W) at another size, antialiased; None keeps its own."""
+    """uint8 (3,H,W) at another size, antialiased; None: unchanged."""
     if size in (None, image.shape[:0:-1]):
         return image
-    # As decoders hand it over, colour by colour within a pixel, torch resizes it several times faster than as float32.
+    # In the decoders' memory order (the colours of a pixel are adjacent) this is several times faster than in float32.
     image = image.permute(1, 2, 0).contiguous()[None].permute(0, 3, 1, 2)
     return F.interpolate(image, size[::-1], mode="bilinear", antialias=True)[0]
 
@@ -146,15 +146,15 @@ def read_resized(path: Path, size: Size | None) -> Tensor:
 
 
 def normalise(image: Tensor) -> Tensor:
-    """(..,3,H,W) in [0,1] by ImageNet's mean and standard deviation."""
+    """Normalise (..,3,H,W) in [0,1] by ImageNet's mean and standard deviation."""
     mean, std = torch.tensor((IMAGENET_MEAN, IMAGENET_STD)).to(image, non_blocking=True)[..., None, None]
     return (image - mean) / std
 
 
 def read_label(path: str | Path, dataset: str, classes: ClassList) -> Tensor:
-    """Read a label file of `dataset` as uint8 (H,W) of class indices 0..K-1, 255 where no class of the list is.
+    """Read a label file of `dataset` as uint8 (H,W) of class indices 0..K-1; 255: no class of the list.
 
-    Raises: UserError naming a file that is missing, damaged, of another pixel type, or has ids its dataset lacks."""
+    Raises: UserError with the path of a file that is missing or damaged, or has a wrong pixel type or undefined ids."""
     ids, table, _ = read_ids(path, dataset, classes)
     label = table.take(ids, mode="clip")
     if (label == _UNDEFINED).any():
@@ -164,10 +164,10 @@ def read_label(path: str | Path, dataset: str, classes: ClassList) -> Tensor:
 
 
 def read_ids(path: str | Path, dataset: str, classes: ClassList) -> tuple[np.ndarray, np.ndarray, str]:
-    """A label file's ids (H,W), the table (256,) from them to class indices, and how a palette is understood.
+    """Returns: a label file's ids (H,W), the table (256,) from ids to class indices, and how its palette is read.
 
-    GTA5's ids are palette indices, Cityscapes' and Cross-City's grey values, SYNTHIA's the first channel of 16-bit RGB. But
-    programs that shrink PNGs make palettes too, or reorder them: the colours decide.
+    Ids are palette indices in GTA5, grey values in Cityscapes and Cross-City, the first channel of 16-bit RGB in SYNTHIA. But
+    programs that shrink PNGs also add or reorder palettes, so the palette's colours decide.
     """
     table = _index_table(dataset, classes)
     if dataset == "synthia" and not classes.ids:
@@ -182,7 +182,7 @@ def read_ids(path: str | Path, dataset: str, classes: ClassList) -> tuple[np.nda
         palette = bytes(file.getpalette("RGB")).ljust(768, b"\0")
     colors = {i: tuple(palette[3 * i:3 * i + 3]) for i in used}
     pairs = zip(classes.colors, range(len(classes)))
-    if dataset in DEFINED and classes.stuff is not None:         # one's own classes, and perhaps colours
+    if dataset in DEFINED and classes.stuff is not None:         # the user's classes, perhaps other colours
         pairs = ((row[1], table[row[2]]) for row in _CLASSES)
     meaning = dict.fromkeys([*zip(*[iter(_VOID)] * 3), *(row[1] for row in _CLASSES)], IGNORE) | dict(pairs)
     plain = all(meaning.get(color) == table[i] or (i, color) in _TWINS for i, color in colors.items())
@@ -194,29 +194,29 @@ def read_ids(path: str | Path, dataset: str, classes: ClassList) -> tuple[np.nda
 
 
 def _one_channel(path: str | Path, file: Image.Image) -> np.ndarray:
-    """The pixels of an 8-bit PNG with one channel as uint8 (H,W); of a palette PNG the indices."""
-    if file.mode not in ("1", "L", "P"):                         # 1: black and white only, as a shrunk label may be
+    """The pixels of an 8-bit one-channel PNG as uint8 (H,W); for a palette PNG, the indices."""
+    if file.mode not in ("1", "L", "P"):                         # 1: black and white; a shrunk label may be that
         raise UserError(f"{path} must be an 8-bit PNG with one channel, but Pillow calls it {file.mode}"
-                        + ": colours are no ids, take the files that hold ids" * file.mode.startswith("RGB"))
+                        + ": colours are no ids; use the files with ids" * file.mode.startswith("RGB"))
     return np.array(file.convert("L") if file.mode == "1" else file)
 
 
 def _read_synthia_ids(path: str | Path) -> np.ndarray:
-    """A 16-bit RGB PNG's first channel as uint16 (H,W). Only torchvision reads all 16 bits: Pillow keeps the upper 8."""
+    """The first channel of a 16-bit RGB PNG as uint16 (H,W). torchvision reads all 16 bits; Pillow reads only the upper 8."""
     with _content(path) as content, Image.open(io.BytesIO(content)) as file:
         if file.tile[0][3] != "RGB;16B":
-            raise UserError(f"{path} must be a 16-bit RGB PNG as SYNTHIA's labels are, and Pillow calls it {file.tile[0][3]}: "
-                            "copies made by most image programs have lost the ids; grey train ids: --label-ids source-train")
+            raise UserError(f"{path} must be a 16-bit RGB PNG like SYNTHIA's labels, but Pillow calls it {file.tile[0][3]}: "
+                            "most image programs drop the ids; use the original or --label-ids source-train for grey train ids")
         file.load_prepare()
         rows = zlib.decompress(b"".join(iter(lambda: file.load_read(2**20), b"")))
         if len(rows) != file.height * (1 + 6 * file.width) or max(rows[::1 + 6 * file.width]) > 4:
-            raise ValueError("rows are missing, or their filters are not 0..4")        # torchvision's decoder would crash
-        from common.pixels import decode  # only images and these labels need torchvision
+            raise ValueError("rows are missing, or their filters are not 0..4")        # would crash torchvision's decoder
+        from common.pixels import decode  # torchvision takes seconds, which --help does not need
         return decode(content, "UNCHANGED")[0].numpy()
 
 
 def save_label(path: str | Path, label: Tensor) -> None:
-    """Write an (H,W) label as an 8-bit PNG. Raises: UserError if it cannot be written; ValueError for values outside 0..255."""
+    """Write an (H,W) label as an 8-bit PNG. Raises: UserError if it cannot be written; ValueError for values not in 0..255."""
     values = label.detach().cpu().numpy()
     if values.size and not 0 <= values.min() <= values.max() <= 255:
         raise ValueError(f"label values must lie in 0..255, not {values.min()}..{values.max()}")
@@ -225,10 +225,10 @@ def save_label(path: str | Path, label: Tensor) -> None:
 
 @dataclass(frozen=True)
 class Augment:
-    """Random changes of a training item, made in the order scale, crop, flip, jitter.
+    """Random changes of a training item, in the order scale, crop, flip, jitter.
 
-    scale: range of a uniform factor on the size. crop: a window of this size, padded where the image is smaller (with the
-    mean colour; label and maps with 255). flip: left-right with probability 1/2. jitter: strength, see `pixels.jitter`."""
+    scale: range of a uniform resize factor. crop: size of a random window; a smaller image is padded with the mean colour,
+    label and maps with 255. flip: left-right with probability 1/2. jitter: strength, see `pixels.jitter`. Raises: UserError."""
     flip: bool = False
     jitter: float = 0.0
     scale: tuple[float, float] = (1.0, 1.0)
@@ -240,21 +240,21 @@ class Augment:
 
 
 class SegmentationDataset(Dataset):
-    """Images with labels and, if asked for, further maps.
+    """Images with labels and, optionally, further maps.
 
-    dataset[index, seed]: a training item (image, label, name, *maps), all of one size, augmented by `seed` alone.
-    dataset[index]: an evaluation item, not augmented; its label has its own resolution.
-    image is float32 (3,H,W), normalised by ImageNet's mean and standard deviation; label and maps are int64 (H,W), the
-    label with class indices and 255. Without a label file the label is 255 everywhere, of the image's size.
+    dataset[index, seed]: a training item (image, label, name, *maps) of one size; the augmentation depends only on `seed`.
+    dataset[index]: an evaluation item without augmentation; its label keeps its file's resolution.
+    image is float32 (3,H,W), normalised by ImageNet's mean and standard deviation; label and maps are int64 (H,W); the
+    label holds class indices and 255. Without a label file, it is 255 everywhere and has the image's size.
 
     Args:
-        pairs: what `layouts.find_pairs` returned; dataset: whose labels they are; classes: whose indices the labels get.
-        size: images are resized to it (antialiased), training labels and maps too (nearest); None: own size.
-        maps: folders with one 8-bit one-channel PNG `<folder>/<name>.png` per image, of the size that images have here.
-        transform: called with (image uint8 (3,H,W), seed, name) after the resize of a training item to `size`; returns an
-            image of the same kind, and a function that is called with its crop, float32 (3,h,w) in [0,1], and returns the same.
-    Raises: UserError naming the file, see `read_image` and `read_label`, for a missing map, and for a label whose proportions
-        differ by more than 2 percent from its image's; of another size, a training label is resized (nearest).
+        pairs: from `layouts.find_pairs`; dataset: the name that defines the labels' ids; classes: define the class indices.
+        size: images are resized to it (antialiased), training labels too (nearest); None: no resize.
+        maps: folders with one 8-bit one-channel PNG `<folder>/<name>.png` per image, of the resized image's size.
+        transform: called with (image uint8 (3,H,W), seed, name) for a training item, after the resize to `size`. It returns an
+            image of the same kind, and None or a function that changes the crop, float32 (3,h,w) in [0,1].
+    Raises: UserError with the file's path: see `read_image` and `read_label`; for a missing map; for a label whose proportions
+        differ from its image's by more than 2 percent. A training label of another size is resized (nearest).
     """
 
     def __init__(self, pairs: Sequence[Pair], dataset: str, classes: ClassList, size: Size | None,
@@ -267,7 +267,7 @@ class SegmentationDataset(Dataset):
                 raise UserError(f"{folder / pair.name}.png is missing: every image needs a map in {folder}")
 
     def with_maps(self, *folders: str | Path) -> SegmentationDataset:
-        """The same data set with these folders of maps. Raises UserError for an image without its map."""
+        """The same data set with these folders of maps. Raises UserError for an image without a map."""
         return SegmentationDataset(self.pairs, self.dataset, self.classes, self.size, self.augment, folders, self.transform)
 
     @property
@@ -278,7 +278,7 @@ class SegmentationDataset(Dataset):
         return len(self.pairs)
 
     def __getitem__(self, key: int | tuple[int, int]) -> tuple:
-        threads = torch.get_num_threads()    # one, as in worker processes: a sum's last bits depend on how many share it
+        threads = torch.get_num_threads()    # one, as in workers: the last bits of a sum depend on their number
         torch.set_num_threads(1)
         try:
             return self.item(*key) if isinstance(key, tuple) else self.item(key)
@@ -288,8 +288,8 @@ class SegmentationDataset(Dataset):
     def item(self, index: int, seed: int | None = None) -> tuple:
         pair = self.pairs[index]
         image = read_image(pair.image)
-        own = image.shape[1:]
-        label = None if pair.label is None else self._read_label(pair, own)
+        original = image.shape[1:]
+        label = None if pair.label is None else self._read_label(pair, original)
         image = resize(image, self.size)
         shape = image.shape[1:]
         label = torch.full(shape, IGNORE, dtype=torch.uint8) if label is None else label
@@ -297,7 +297,7 @@ class SegmentationDataset(Dataset):
         if seed is None:
             image = normalise(image / 255)
         else:
-            masks = torch.stack([_nearest(_nearest(label, own), shape), *maps])
+            masks = torch.stack([_nearest(_nearest(label, original), shape), *maps])
             image, (label, *maps) = self._augment(image, masks, seed, pair.name)
         return image, label.long(), pair.name, *(m.long() for m in maps)
 
@@ -305,12 +305,12 @@ class SegmentationDataset(Dataset):
         label = read_label(pair.label, self.dataset, self.classes)
         (h, w), (height, width) = label.shape, shape
         if abs(h * width / (w * height) - 1) > 0.02:
-            raise UserError(f"{pair.label} is {w}x{h}, its image {pair.image} {width}x{height}: labels of another size need "
-                            "their image's proportions; restore this pair, or leave it out")
+            raise UserError(f"{pair.label} is {w}x{h}, its image {pair.image} {width}x{height}: a label needs its image's "
+                            "proportions; restore this pair, or remove it")
         return label
 
     def _augment(self, image: Tensor, masks: Tensor, seed: int, name: str) -> tuple[Tensor, Tensor]:
-        """image uint8 (3,H,W), masks uint8 (M,H,W) -> the item's image, normalised, and its masks, moved with it."""
+        """image uint8 (3,H,W), masks uint8 (M,H,W) -> the augmented image, normalised, and the masks at the same window."""
         generator = torch.Generator().manual_seed(derive_seed(seed, "augment"))
         image, change = self.transform(image, seed, name) if self.transform else (image, None)
         factor = torch.empty(()).uniform_(*self.augment.scale, generator=generator).item()
@@ -329,25 +329,25 @@ class SegmentationDataset(Dataset):
 
 
 def _window(length: int, crop: int, generator: torch.Generator) -> tuple[slice, tuple[int, int]]:
-    """A random crop of a side: which of its pixels it holds, and how many are missing before and after them."""
+    """A random crop along one axis: the slice of existing pixels, and the padding (before, after)."""
     spare = length - crop
     start = int(torch.randint(min(0, spare), max(0, spare) + 1, (), generator=generator))
     return slice(max(0, start), start + crop), (max(0, -start), max(0, start - spare))
 
 
 def read_map(path: Path, shape: Sequence[int]) -> Tensor:
-    """Read a per-image map, uint8 (H,W). Raises UserError naming a file that is damaged or of another size than its image."""
+    """Read a per-image map, uint8 (H,W). Raises UserError with the path of a damaged file or one of another size."""
     with _content(path) as content, Image.open(io.BytesIO(content)) as file:
         values = torch.from_numpy(_one_channel(path, file))
     if values.shape != shape:
-        own, wanted = Size(*values.shape[::-1]), Size(*shape[::-1])
-        raise UserError(f"{path} is {own}, its image {wanted}: delete the run's folder, or give this run another --tag")
+        size, expected = Size(*values.shape[::-1]), Size(*shape[::-1])
+        raise UserError(f"{path} is {size}, its image {expected}: delete the run's folder, or give this run another --tag")
     return values
 
 
 def _nearest(label: Tensor, shape: tuple, y: slice = slice(None), x: slice = slice(None)) -> Tensor:  # noqa: B008
-    """The window [y, x] of (..,H,W) resized to `shape` by the nearest pixel centre: plain NEAREST shifts labels against the
-    image."""
+    """The window [y, x] of (..,H,W) after a resize to `shape` by the nearest pixel centre. Plain NEAREST would shift labels
+    against the image."""
     if label.shape[-2:] == shape:
         return label[..., y, x]
     rows, columns = (F.interpolate(torch.arange(old, dtype=torch.float)[None, None], new, mode="nearest-exact")[0, 0].int()
@@ -356,21 +356,21 @@ def _nearest(label: Tensor, shape: tuple, y: slice = slice(None), x: slice = sli
 
 
 def derive_seed(*parts: object) -> int:
-    """A seed in [0, 2**63) that depends on all parts (plain numbers and strings) and is the same in every process."""
+    """A seed in [0, 2**63) that depends on all parts (plain numbers and strings), equal in all processes."""
     return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest(), "little") >> 1
 
 
 def fixed_version(dataset: SegmentationDataset, seed: int) -> Subset:
-    """A data set of training items in one version, for a sweep: item k is dataset[k, seed of k]."""
+    """One fixed version of each training item, for a sweep: item k is dataset[k, seed of k]."""
     return Subset(dataset, [(k, derive_seed(seed, k)) for k in range(len(dataset))])
 
 
 def batch_order(length: int, batch_size: int, iterations: int, seed: int, start: int = 0, rank: int = 0,
                 world: int = 1) -> Iterator[list[tuple[int, int]]]:
-    """For each iteration from `start` on this process's batch, a list of (index, item seed).
+    """Yields this process's batch, a list of (index, item seed), per iteration from `start` on.
 
-    Sample number n of the run is at position n % length of epoch n // length; every epoch has its own permutation.
-    `world` processes with batches of `batch_size` see together what one process with world * batch_size sees."""
+    Sample number n of the run is at position n % length of epoch n // length; each epoch has its own permutation.
+    `world` processes with `batch_size` together see the same as one process with world * batch_size."""
     epoch, order = -1, []
     for iteration in range(start, iterations):
         batch = []
@@ -386,25 +386,25 @@ def batch_order(length: int, batch_size: int, iterations: int, seed: int, start:
 
 def training_loader(dataset: SegmentationDataset, batch_size: int, iterations: int, seed: int, start: int = 0,
                     workers: int = 0, pin: bool = False, rank: int = 0, world: int = 1) -> DataLoader:
-    """Batches (image (B,3,H,W), label (B,H,W), names, *maps (B,H,W)) of the iterations from `start` on."""
+    """Batches (image (B,3,H,W), label (B,H,W), names, *maps (B,H,W)) of the iterations from `start` on. Raises: UserError."""
     if not len(dataset):
         raise UserError("there are no images to train on")
     batches = batch_order(len(dataset), batch_size, iterations, seed, start, rank, world)
-    # The loader draws a number on its own; with its own generator the run's random state does not depend on it.
+    # The loader itself draws a random number; its own generator keeps the run's random state unchanged.
     return DataLoader(dataset, batch_sampler=batches, num_workers=workers, pin_memory=pin, generator=torch.Generator(),
                       worker_init_fn=_leave_signals_to_the_parent)
 
 
 def sweep_loader(dataset: Dataset, workers: int = 0, pin: bool = False, rank: int = 0, world: int = 1) -> DataLoader:
-    """Every image once, in order, as evaluation items in batches of one; of `world` processes each has its share."""
+    """Each image once, in order, in batches of one evaluation item; each of `world` processes has its share."""
     return DataLoader(dataset, batch_size=1, sampler=range(rank, len(dataset), world), num_workers=workers,
                       pin_memory=pin, generator=torch.Generator(), worker_init_fn=_leave_signals_to_the_parent)
 
 
 def _leave_signals_to_the_parent(worker: int) -> None:
-    """Ctrl-C and `timeout` signal a whole process group, schedulers every process. The parent, which stops cleanly, needs its
-    workers for the iteration under way: they leave its group, and the first SIGTERM ends them only half a minute later."""
-    if not hasattr(os, "setpgid"):                               # Windows has no such groups
+    """Ctrl-C and `timeout` signal the whole process group; schedulers signal each process. The parent stops cleanly and needs
+    its workers until its iteration ends. So they leave its group, and the first SIGTERM ends them after half a minute."""
+    if not hasattr(os, "setpgid"):                               # Windows has no process groups
         return
 
     def wait(number, frame):

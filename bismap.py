@@ -179,7 +179,7 @@ def log_density(feat: Tensor, gmm: Gmm) -> Tensor:
 def fit_gmm(feat: Tensor, components: int = 8, iterations: int = 100, tol: float = 1e-3, seed: int = 0, init: Gmm | None = None,
             variance_floor: float = 1e-6) -> Gmm:
     """Fit a mixture of diagonal Gaussians by expectation maximisation, Sec. 3.3.
-    Args: feat (M, D) float; components: G (one without samples gets weight 0); iterations: the most; tol: EM ends if the mean
+    Args: feat (M, D) float; components: G (one without samples gets weight 0); iterations: maximum; tol: EM ends if the mean
         log-likelihood rises by less; seed: of the k-means start; init: a mixture to start from instead; variance_floor: lower
         limit of the variances (clamped; the likelihood still never falls).
     Returns: Gmm in float64."""
@@ -269,8 +269,8 @@ def anchor_pseudo_labels(feat: Tensor, anchors: Tensor, margin: float = 1.0) -> 
 
 
 def ias_thresholds(theta: Tensor, confidence: Tensor, label: Tensor) -> Tensor:
-    """Table 3's IAS [25], updated by one image:  theta_c <- 0.9 theta_c + 0.1 psi_c;  psi_c: the n_c 0.2 theta_c^8-th highest
-    of the image's n_c confidences in category c.
+    """Table 3's IAS [25], updated by one image:  theta_c <- 0.9 theta_c + 0.1 psi_c.  psi_c is at rank
+    0.2 theta_c^8 n_c of the image's n_c confidences in category c, highest first.
     Args: theta (C,); confidence, label (h, w) of the image's prediction.  Returns: (C,); unchanged for an absent category."""
     theta = theta.clone()
     for c in label.unique().tolist():
@@ -650,12 +650,12 @@ def distill(run: Run, cfg: Config, stage: str, student: nn.Module, previous: nn.
 def check(cfg: Config) -> None:
     """Refuse invalid settings before anything is loaded. Raises: UserError."""
     if cfg.delta is not None and cfg.assign != "maps":
-        raise UserError(f"--delta is the threshold of --assign maps, not of --assign {cfg.assign}: omit it")
+        raise UserError(f"--delta is the threshold of --assign maps, not of --assign {cfg.assign}: omit --delta")
     if cfg.stm_weights and cfg.stm_backbone == "warmup":
         raise UserError("--stm-weights needs a torchvision network: name it by --stm-backbone and --stm-layer")
     if cfg.adapt_freeze_bn == "all" and not cfg.continue_warmup:
         raise UserError("--adapt-freeze-bn all freezes untrained batch norm, because self-training starts from the initial "
-                        "weights: add --continue-warmup, or omit it")
+                        "weights: add --continue-warmup, or omit --adapt-freeze-bn")
 
 
 @command

@@ -29,7 +29,7 @@ from common.cli import Size
 from common.files import UserError, write_atomically
 
 IGNORE = 255
-IMAGENET_MEAN = (0.485, 0.456, 0.406)                            # of RGB in [0, 1], as for the encoders' weights
+IMAGENET_MEAN = (0.485, 0.456, 0.406)                            # of RGB in [0, 1], as in the encoders' training
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
 _CLASSES = (  # in the order of Cityscapes' train ids: name, colour, Cityscapes id, SYNTHIA id

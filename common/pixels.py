@@ -13,7 +13,7 @@ from torchvision.transforms.v2 import functional
 
 def decode(content: bytes, mode: str) -> Tensor:
     """The pixels (3,H,W) of a PNG or JPEG, "RGB" or "UNCHANGED". A fifth (PNG) to a third (JPEG) faster than Pillow.
-    Raises RuntimeError for a damaged file, also for a truncated JPEG, which Pillow fills with grey."""
+    Raises RuntimeError for a damaged file, also for a damaged JPEG that Pillow would fill with grey."""
     return decode_image(torch.frombuffer(bytearray(content), dtype=torch.uint8), mode=mode)
 
 
@@ -71,8 +71,8 @@ def look_up(values: Tensor, x: Tensor, low: float = 0.0, high: float = 1.0) -> T
 
 
 def by_table(curve: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """curve(x) at the nearest of 2**16 steps of [0, 1], in a third of the time. curve: a module's function, as its table is
-    cached. x: float32, on the CPU. For Lab's curves, L is exact to 0.02, a and b to 0.1."""
+    """curve(x) at the nearest of 2**16 steps of [0, 1], in a third of the time. curve: a module-level function: its table
+    is cached. x: float32, on the CPU. For Lab's curves, L is exact to 0.02, a and b to 0.1."""
     return look_up(_table(curve), x)
 
 

@@ -1,5 +1,5 @@
-"""BiSMAP's equations against naive float64 loops written from the paper and against numbers that such loops gave, its mixtures
-against scikit-learn, its sample, its passes over the data, and what each stage is handed."""
+"""BiSMAP: equations against naive float64 loops written from the paper, and against numbers of such loops; mixtures against
+scikit-learn; the sample; the passes over the data; the arguments of each stage."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def softmax(z):
 
 
 def pixels(x):
-    """(N, C, h, w) as a list of rows, pixel by pixel."""
+    """(N, C, h, w) as a list of pixels, each a list of C values."""
     return x.movedim(1, -1).flatten(0, 2).tolist()
 
 
@@ -74,7 +74,7 @@ def draw(gmm, n, seed=0):
 
 
 def paper_log_density(f, gmm):
-    """Eqs. (4) and (5) for one feature, summed from the largest term down so that nothing underflows."""
+    """Eqs. (4) and (5) for one feature; relative to the largest term, so that nothing underflows."""
     terms = []
     for pi, mu, sigma in zip(*(part.double().tolist() for part in gmm)):
         exponent = math.fsum((a - m) * (a - m) / s for a, m, s in zip(f, mu, sigma))
@@ -95,7 +95,7 @@ def test_log_density_against_the_paper_in_loops_and_scipy():
 
 def test_log_density_far_in_the_tails_does_not_underflow():
     gmm = Gmm(torch.tensor([0.5, 0.5]).double(), torch.zeros(2, 256).double(), torch.full((2, 256), 1e-2, dtype=torch.float64))
-    far = torch.full((1, 256), 10.0).double()                    # each dimension 100 standard deviations away
+    far = torch.full((1, 256), 10.0).double()                    # 100 standard deviations away in each dimension
     expected = -0.5 * 256 * (1e4 + math.log(2 * math.pi * 1e-2))
     assert math.isclose(bismap.log_density(far, gmm).item(), expected, rel_tol=1e-12)
     single = bismap.log_density(far.float(), Gmm(*(part.float() for part in gmm)))
@@ -114,7 +114,7 @@ def test_all_categories_and_one_without_components():
 
 
 def test_densities_are_exact_where_each_component_has_other_constant_channels():
-    """After a ReLU many channels are constant for a cluster: their variance is the floor, and other clusters vary in them."""
+    """After a ReLU, many channels are constant in one cluster (their variance is the floor) and vary in others."""
     cluster, channel = torch.arange(600) % 3, torch.arange(48)
     feat = (2 + 5 * cluster[:, None] + random(600, 48)).relu().float()
     for k in range(3):
@@ -168,7 +168,7 @@ def test_a_known_mixture_is_recovered():
 def test_the_likelihood_never_decreases():
     feat, gmm = draw(mixture(G=5, D=3), 400), mixture(G=5, D=3, seed=30)
     before = mean_log_likelihood(feat, gmm)
-    for _ in range(30):                                         # also where the floor holds variances up
+    for _ in range(30):                                         # also where the floor limits variances
         gmm = bismap.fit_gmm(feat, 5, iterations=1, tol=-math.inf, init=gmm, variance_floor=0.3)
         after = mean_log_likelihood(feat, gmm)
         assert after >= before - 1e-12 and gmm.variance.min() >= 0.3
@@ -185,7 +185,7 @@ def test_em_stops_when_the_likelihood_rises_by_less_than_tol(monkeypatch):
         counts[tol] = len(calls)
         monkeypatch.undo()
     likelihoods, gmm = [], start
-    for _ in range(counts[1e-3]):                               # one E-step each; the last rise is the first below tol
+    for _ in range(counts[1e-3]):                               # one E step each; only the last rise is below tol
         likelihoods.append(mean_log_likelihood(feat, gmm))
         gmm = bismap.fit_gmm(feat, 3, iterations=1, tol=-math.inf, init=gmm)
     rises = np.diff(likelihoods)
@@ -231,10 +231,10 @@ def test_the_start_is_k_means():
     nearest = (feat[:, None] - centers).square().sum(dim=2).argmin(dim=1)
     start = bismap.fit_gmm(feat, 3, iterations=0, seed=4)
     for k in range(3):
-        own = feat[nearest == k]
-        torch.testing.assert_close(start.weight[k].item(), len(own) / 200)
-        torch.testing.assert_close(start.mean[k], own.mean(dim=0))
-        torch.testing.assert_close(start.variance[k], own.var(dim=0, unbiased=False))
+        cluster = feat[nearest == k]
+        torch.testing.assert_close(start.weight[k].item(), len(cluster) / 200)
+        torch.testing.assert_close(start.mean[k], cluster.mean(dim=0))
+        torch.testing.assert_close(start.variance[k], cluster.var(dim=0, unbiased=False))
 
 
 # --------------------------------------------------------------------------------- Eq. (3): the sample
@@ -269,7 +269,7 @@ def test_the_sample_does_not_depend_on_the_order_of_images():
 
 
 def test_the_sample_is_uniform():
-    """Chi-square over 400 seeds: 8 of 40 pixels, of five images of 8, are drawn equally often."""
+    """Chi-square over 400 seeds: each of 40 pixels (5 images of 8) is drawn equally often, 8 per seed."""
     drawn = np.zeros(40)
     for seed in range(400):
         sample = bismap.FeatureSample(1, 8, seed)
@@ -277,7 +277,7 @@ def test_the_sample_is_uniform():
             sample.add(f"{i}", torch.arange(8 * i, 8 * i + 8, dtype=torch.float32)[:, None], torch.zeros(8, dtype=torch.int64))
         drawn[sample.features(0)[:, 0].long().numpy()] += 1
     assert drawn.sum() == 400 * 8
-    # Drawn without replacement the counts vary less than multinomial ones: 1 - 8/40 of it.
+    # Without replacement, the variance of the counts is 1 - 8/40 of a multinomial's.
     statistic = ((drawn - 80) ** 2 / 80).sum() / (1 - 8 / 40)
     assert 1e-3 < scipy.stats.chi2.sf(statistic, 39) < 1 - 1e-3
 
@@ -313,8 +313,8 @@ def test_ias_thresholds():
     theta, confidence, label = torch.tensor([0.9, 0.5, 0.7]).double(), random(6, 7).sigmoid(), labels(6, 7, K=2, ignored=0.0)
     got = bismap.ias_thresholds(theta, confidence, label)
     for c in (0, 1):
-        own = sorted((p for p, y in zip(confidence.flatten().tolist(), label.flatten().tolist()) if y == c), reverse=True)
-        psi = own[int(len(own) * 0.2 * theta[c].item() ** 8)]
+        ranked = sorted((p for p, y in zip(confidence.flatten().tolist(), label.flatten().tolist()) if y == c), reverse=True)
+        psi = ranked[int(len(ranked) * 0.2 * theta[c].item() ** 8)]
         assert math.isclose(got[c].item(), 0.9 * theta[c].item() + 0.1 * psi)
     assert got[2] == theta[2]
 
@@ -331,9 +331,9 @@ def test_kmeans_is_a_fixed_point_and_depends_on_its_seed_only():
     assert torch.equal(bismap.kmeans(feat, 4, iterations=100, seed=2), centers)
     truth = torch.tensor([[0.0, 0.0], [50.0, 0.0], [0.0, 50.0], [50.0, 50.0], [99.0, 99.0]]).double()
     blobs = truth.repeat_interleave(40, dim=0) + random(200, 2)
-    for seed in range(5):                                        # k-means++ hits well separated blobs
-        found = bismap.kmeans(blobs, 5, seed=seed)
-        assert (found[:, None] - truth).norm(dim=2).min(dim=0).values.max() < 1.0
+    for seed in range(5):                                        # k-means++ finds well separated blobs
+        estimated = bismap.kmeans(blobs, 5, seed=seed)
+        assert (estimated[:, None] - truth).norm(dim=2).min(dim=0).values.max() < 1.0
 
 
 @pytest.mark.parametrize("n", [1, 3, 50])
@@ -408,16 +408,16 @@ def test_consistency_loss():
     student, teacher = random(2, 3, 4, 5, scale=2.0), random(2, 3, 4, 5, seed=1, scale=2.0)
     mask = labels(2, 4, 5, K=2, ignored=0) > 0
     each = [q * math.log(q) - q * math.log(p) for a, b in zip(pixels(student), pixels(teacher))
-            for p, q in zip(softmax(a), softmax(b))]             # of every pixel and category
+            for p, q in zip(softmax(a), softmax(b))]             # per pixel and category
     assert math.isclose(bismap.consistency_loss(student, teacher).item(), sum(each) / len(each), rel_tol=1e-12)
-    kept = [value for value, m in zip(each, mask.flatten().repeat_interleave(3).tolist()) if m]
-    assert math.isclose(bismap.consistency_loss(student, teacher, mask).item(), sum(kept) / len(kept), rel_tol=1e-12)
+    selected = [value for value, m in zip(each, mask.flatten().repeat_interleave(3).tolist()) if m]
+    assert math.isclose(bismap.consistency_loss(student, teacher, mask).item(), sum(selected) / len(selected), rel_tol=1e-12)
     assert abs(bismap.consistency_loss(student, student).item()) < 1e-15
     student.requires_grad_(), teacher.requires_grad_()
     bismap.consistency_loss(student, teacher).backward()
     assert teacher.grad is None
-    moved = (student - 0.5 * student.grad).detach()              # towards the teacher
-    assert bismap.consistency_loss(moved, teacher) < bismap.consistency_loss(student, teacher)
+    improved = (student - 0.5 * student.grad).detach()           # towards the teacher
+    assert bismap.consistency_loss(improved, teacher) < bismap.consistency_loss(student, teacher)
 
 
 def test_lambda_rises_over_4000_iterations_or_a_share_of_a_short_stage():
@@ -429,7 +429,7 @@ def test_lambda_rises_over_4000_iterations_or_a_share_of_a_short_stage():
 
 
 def test_golden_numbers():
-    """Each value was computed once by a loop over the paper's sums; a change of reading shows here."""
+    """Values of loops over the paper's sums: a changed reading of an equation shows here."""
     Z = torch.tensor([[2.0, 0.5, -1.0], [-1.0, 0.0, 3.0]]).double().T.view(1, 3, 1, 2)
     T = torch.tensor([[0.0, 1.0, 2.0], [1.0, 1.0, -1.0]]).double().T.view(1, 3, 1, 2)
     Y, W = torch.tensor([[[1, 2]]]), torch.tensor([[[0.25, 1.0]]]).double()
@@ -508,17 +508,17 @@ def test_the_teacher_follows_weights_and_buffers():
 def test_phi():
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))
     images = (torch.rand(3, 3, 20, 30, generator=torch.Generator().manual_seed(0)) - mean) / std
-    x, kept = bismap.phi(images, [1, 2, 1], cutout=0.5)
-    assert x.shape == images.shape and kept.dtype == torch.bool and x.isfinite().all()
-    again, kept_again = bismap.phi(images[1:2], [2], cutout=0.5)
-    assert torch.equal(again[0], x[1]) and torch.equal(kept_again[0], kept[1])       # by its seed, not its position
-    assert torch.equal(kept[0], kept[2]) and not torch.equal(kept[0], kept[1])
-    assert (x.movedim(1, -1)[~kept] == 0).all()
-    removed = (~kept).flatten(1).sum(dim=1)
-    assert (removed <= 100).all() and (removed > 0).all()                            # a square of 10, cut by the border
-    same, all_kept = bismap.phi(images, [1, 2, 3], operations=0, cutout=0.0)
-    assert all_kept.all() and (same - images).abs().max() < 0.01                     # 8 bits a channel
-    values = (x * std + mean).movedim(1, -1)[kept]
+    x, visible = bismap.phi(images, [1, 2, 1], cutout=0.5)
+    assert x.shape == images.shape and visible.dtype == torch.bool and x.isfinite().all()
+    again, visible_again = bismap.phi(images[1:2], [2], cutout=0.5)
+    assert torch.equal(again[0], x[1]) and torch.equal(visible_again[0], visible[1])  # by seed, not position
+    assert torch.equal(visible[0], visible[2]) and not torch.equal(visible[0], visible[1])
+    assert (x.movedim(1, -1)[~visible] == 0).all()
+    removed = (~visible).flatten(1).sum(dim=1)
+    assert (removed <= 100).all() and (removed > 0).all()                            # a square of 10, cut at the border
+    same, all_visible = bismap.phi(images, [1, 2, 3], operations=0, cutout=0.0)
+    assert all_visible.all() and (same - images).abs().max() < 0.01                  # 8 bits per channel
+    values = (x * std + mean).movedim(1, -1)[visible]
     assert values.min() > -1e-5 and values.max() < 1 + 1e-5
 
 
@@ -530,10 +530,10 @@ TINY = ("--backbone resnet18 --init none --source-size 64x32 --target-size 64x32
 
 
 class Killed(BaseException):
-    """Nothing catches it, as nothing catches a kill."""
+    """No code catches it, as no code catches a kill."""
 
 
-def test_prototypes_outlive_a_kill_but_not_other_settings(city, tmp_path, monkeypatch, capsys):
+def test_prototypes_survive_a_kill_but_not_other_settings(city, tmp_path, monkeypatch, capsys):
     argv = ["--data", str(city), "--runs", str(tmp_path), *TINY]
 
     def killed(*args):
@@ -542,7 +542,7 @@ def test_prototypes_outlive_a_kill_but_not_other_settings(city, tmp_path, monkey
     with pytest.raises(Killed):
         bismap.main(argv)
     monkeypatch.undo()
-    kept = (tmp_path / "bismap-gta5/selftrain-prototypes.pt").read_bytes()
+    prototypes = (tmp_path / "bismap-gta5/selftrain-prototypes.pt").read_bytes()
     warmup = str(tmp_path / "bismap-gta5/warmup.pt")
     with pytest.raises(SystemExit):
         bismap.main([*argv, "--components", "3"])
@@ -559,10 +559,10 @@ def test_prototypes_outlive_a_kill_but_not_other_settings(city, tmp_path, monkey
     for part in ("write_transferability", "independent_encoder"):
         monkeypatch.setattr(bismap, part, killed)
     (tmp_path / "bismap-gta5/selftrain.pt").unlink(), (tmp_path / "bismap-gta5/results.json").unlink()
-    bismap.main(argv)                                                # trained again from what is kept, without E^
-    assert (tmp_path / "bismap-gta5/selftrain-prototypes.pt").read_bytes() == kept
+    bismap.main(argv)                                                # trains again from the saved parts, without E^
+    assert (tmp_path / "bismap-gta5/selftrain-prototypes.pt").read_bytes() == prototypes
     monkeypatch.undo()
-    monkeypatch.setattr(bismap, "choose_delta", killed)              # the same where the warm-up is another run's
+    monkeypatch.setattr(bismap, "choose_delta", killed)              # the same with another run's warm-up
     again = ["--from", warmup, "--tag", "from"]
     with pytest.raises(Killed):
         bismap.main([*argv, *again])
@@ -579,15 +579,15 @@ def entropy_of(logits):
 
 
 def cells(model, x):
-    """E^ = the warm-up's encoder: layer4 (stride 16) of the image at 128x64, averaged over 4 x 4 cells of 1 x 2: (16, D)."""
+    """E^ is the warm-up's encoder: layer4 (stride 16) of the image at 128x64, averaged over 4 x 4 cells of 1 x 2: (16, D)."""
     x = nn.functional.interpolate(x, (64, 128), mode="bilinear", antialias=True)
     feat = bismap.resnet_features(model.encoder, x)[1][0].double().numpy()           # (D, 4, 8)
     return np.stack([(feat[:, i, 2 * j] + feat[:, i, 2 * j + 1]) / 2 for i in range(4) for j in range(4)])
 
 
 @torch.inference_mode()
-def test_prototypes_labels_and_maps_are_what_the_equations_say(city, tmp_path, monkeypatch):
-    """From the files of a run on inverted source images (in place of the alignment) and from its warm-up model."""
+def test_prototypes_labels_and_maps_follow_the_equations(city, tmp_path, monkeypatch):
+    """On the files and the warm-up model of a run whose alignment inverts the source images."""
     monkeypatch.setattr(bismap, "photometric_fit", lambda image, reference, size: lambda crop: 1 - crop)
     with torch.inference_mode(False):
         bismap.main(["--data", str(city), "--runs", str(tmp_path), *TINY, "--source-size", "96x40", "--samples", "100000",
@@ -600,45 +600,45 @@ def test_prototypes_labels_and_maps_are_what_the_equations_say(city, tmp_path, m
     plain = SegmentationDataset(target, "cityscapes", classes, Size(64, 32))
     source, target = [aligned[k, 0] for k in range(8)], [plain[k] for k in range(8)]
 
-    right = {c: [] for c in range(19)}                                               # Eq. (3)
+    correct = {c: [] for c in range(19)}                                             # Eq. (3)
     for image, label, _ in source:
         feat, logits = model(image[None])                                            # stride 4: 10 x 24
         for f, z, y in zip(pixels(feat), pixels(logits), label[2::4, 2::4].flatten().tolist()):
             if z.index(max(z)) == y:
-                right[y].append(f)
-    kept = torch.load(folder / "selftrain-prototypes.pt", weights_only=True)
-    assert kept["count"].tolist() == [len(right[c]) for c in range(19)] and sum(map(bool, right.values())) >= 2
+                correct[y].append(f)
+    fitted = torch.load(folder / "selftrain-prototypes.pt", weights_only=True)
+    assert fitted["count"].tolist() == [len(correct[c]) for c in range(19)] and sum(map(bool, correct.values())) >= 2
     for c in range(19):
-        if right[c]:
-            np.testing.assert_allclose(kept["anchor"][c], np.mean(right[c], axis=0), rtol=1e-4, atol=1e-5)
-            mean = (kept["weight"][c][:, None] * kept["mean"][c]).sum(dim=0)         # of a mixture, as of its samples
-            np.testing.assert_allclose(mean, np.mean(right[c], axis=0), rtol=1e-4, atol=1e-5)
+        if correct[c]:
+            np.testing.assert_allclose(fitted["anchor"][c], np.mean(correct[c], axis=0), rtol=1e-4, atol=1e-5)
+            mean = (fitted["weight"][c][:, None] * fitted["mean"][c]).sum(dim=0)     # a mixture's mean is its samples' mean
+            np.testing.assert_allclose(mean, np.mean(correct[c], axis=0), rtol=1e-4, atol=1e-5)
 
-    gmms = Gmm(kept["weight"], kept["mean"], kept["variance"])
+    gmms = Gmm(fitted["weight"], fitted["mean"], fitted["variance"])
     note = next(line for line in map(json.loads, (folder / "log.jsonl").read_text().splitlines()) if "delta" in line)
-    delta, labelled, entropies, found = note["delta"], torch.zeros(19), [], []       # Eq. (6), and e_c
+    delta, labelled, entropies, cell_features = note["delta"], torch.zeros(19), [], []  # Eq. (6), and e_c
     for image, _, name in target:
         feat, logits = model(image[None])
         expected = bismap.map_pseudo_labels(bismap.upsample(bismap.class_scores(feat, gmms), (32, 64)), delta)[0]
         written = torch.from_numpy(np.array(Image.open(folder / f"pseudo_labels/{name}.png"))).long()
-        assert (written != expected).float().mean() < 0.01                           # but for rounding at borders
+        assert (written != expected).float().mean() < 0.01                           # rounding at borders
         labelled += written[written != IGNORE].bincount(minlength=19)
         entropies.append(entropy_of(logits))
-        found.append(cells(model, image[None]))
+        cell_features.append(cells(model, image[None]))
     assert 0 <= labelled.sum() / (8 * 64 * 32) - 0.5 < 1e-3                          # --pl-ratio 0.5
     shares = [*labelled.tolist(), labelled.sum().item()]
     assert list(note["pl_ratio"].values()) == pytest.approx([100 * share / (8 * 64 * 32) for share in shares])
-    assert note["samples"] == dict(zip(classes.names, kept["count"].tolist()))
-    entropy, own = (np.concatenate(part) for part in zip(*entropies))
+    assert note["samples"] == dict(zip(classes.names, fitted["count"].tolist()))
+    entropy, predicted = (np.concatenate(part) for part in zip(*entropies))
     e = torch.load(folder / "selftrain-labels.pt", weights_only=True)["entropy"]
     for c in range(19):
-        np.testing.assert_allclose(e[c], entropy[own == c].mean() if (own == c).any() else np.nan, rtol=1e-4)
+        np.testing.assert_allclose(e[c], entropy[predicted == c].mean() if (predicted == c).any() else np.nan, rtol=1e-4)
 
-    clusters, found = torch.load(folder / "selftrain-target.pt", weights_only=True), np.concatenate(found)
+    clusters, cell_features = torch.load(folder / "selftrain-target.pt", weights_only=True), np.concatenate(cell_features)
     A = clusters["prototypes"].double().numpy()
-    nearest = np.linalg.norm(found[:, None] - A, axis=2).argmin(axis=1)
+    nearest = np.linalg.norm(cell_features[:, None] - A, axis=2).argmin(axis=1)
     for j in range(3):                                                               # centres of the target's features
-        np.testing.assert_allclose(A[j], found[nearest == j].mean(axis=0), rtol=1e-3, atol=1e-3)
+        np.testing.assert_allclose(A[j], cell_features[nearest == j].mean(axis=0), rtol=1e-3, atol=1e-3)
     D = [np.linalg.norm(cells(model, image[None])[:, None] - A, axis=2).min(axis=1) for image, _, _ in source]   # Eq. (7)
     d_mean = np.mean(D)
     assert math.isclose(clusters["d_mean"].item(), d_mean, rel_tol=1e-4)
@@ -696,7 +696,7 @@ class Tiny(nn.Module):
 
 
 class FakeRun:
-    """What a stage uses of a run."""
+    """The part of a Run that a stage uses."""
 
     rank = 0
     item_seeds = Run.item_seeds
@@ -725,7 +725,7 @@ def tiny_batches():
     for it in range(2):
         x_s, x_t = random(2, 3, 16, 32, seed=it), 0.3 + 0.5 * random(2, 3, 16, 32, seed=10 + it)
         y_s, y_t = labels(2, 16, 32, K=4, seed=it), labels(2, 16, 32, K=4, seed=20 + it, ignored=0.5)
-        y_s[0, :4], y_t[1, :, :9] = IGNORE, IGNORE                               # images with unequal shares
+        y_s[0, :4], y_t[1, :, :9] = IGNORE, IGNORE                               # images with different numbers of labels
         w = torch.randint(256, y_s.shape, generator=torch.Generator().manual_seed(it))
         batches.append(((x_s, y_s, w), (x_t, torch.full_like(y_t, IGNORE), y_t)))
     return batches
@@ -757,13 +757,13 @@ def eq12(student, teacher, counts):
 
 
 def train_by_hand(model, cfg, lr, batches, losses):
-    """SGD written out. losses(it, *batch) -> what is reported, what is minimised; called before each step."""
+    """SGD written out. losses(it, *batch) -> reported losses, minimised loss; called before each step."""
     weights = [(p, lr if name.startswith("encoder") else cfg.head_rate * lr, torch.zeros_like(p))
                for name, p in model.named_parameters()]
     reported = []
     for it, batch in enumerate(batches):
-        found, total = losses(it, *batch)
-        reported.append({name: loss.item() for name, loss in found.items()})
+        parts, total = losses(it, *batch)
+        reported.append({name: loss.item() for name, loss in parts.items()})
         grads = torch.autograd.grad(total, [p for p, _, _ in weights])
         with torch.no_grad():
             for (p, rate, v), grad in zip(weights, grads):
@@ -774,8 +774,8 @@ def train_by_hand(model, cfg, lr, batches, losses):
 
 def check_stage(run, model, by_hand, expected):
     assert len(run.losses) == len(expected) == 2
-    for got, wanted in zip(run.losses, expected):
-        assert got.keys() == wanted.keys() and got == pytest.approx(wanted, rel=1e-6)
+    for reported, by_equation in zip(run.losses, expected):
+        assert reported.keys() == by_equation.keys() and reported == pytest.approx(by_equation, rel=1e-6)
     for key, value in by_hand.state_dict().items():
         torch.testing.assert_close(model.state_dict()[key], value, rtol=1e-6, atol=1e-9)
 
@@ -814,16 +814,16 @@ def test_self_training_minimises_eq_13(augment, weighted, lambda_consist, monkey
     def losses(it, source, target):
         x_s, y_s, *w = source
         x_t, _, y_t = target
-        if it:                                                                   # theta' after the step before
+        if it:                                                                   # theta' after the previous step
             for old, new in zip(teacher.state_dict().values(), by_hand.state_dict().values()):
                 old.copy_(0.8 * old + 0.2 * new if old.is_floating_point() else new)
         logits_s, logits_t = by_hand(x_s)[1], by_hand(x_t)[1]
         ce = eq10(logits_s, y_s, w[0] if w else torch.full_like(y_s, 255))
         sce, consist = eq11(logits_t, y_t, 0.2, 0.7), torch.zeros(())
         if lambda_consist:
-            _, seeds, how, x_phi, kept = augmented[it]
+            _, seeds, how, x_phi, visible = augmented[it]
             assert seeds == [bismap.derive_seed(3, "phi", it, n) for n in range(2)] and how == (2, 0.5, 0.5)
-            counts = kept[:, 2::4, 2::4]                                         # of 4 pixels the third: 1.5 to 2.5
+            counts = visible[:, 2::4, 2::4]                                      # nearest: the third of 4 pixels
             assert 0 < counts.sum() < counts.numel()
             if augment == "student":
                 consist = eq12(by_hand(x_phi)[1], teacher(x_t)[1], counts)
@@ -889,7 +889,7 @@ def test_the_warm_up_model_can_be_trained_on_after_the_preparation(tmp_path):
     assert model.training and all(p.requires_grad for p in model.parameters())
 
 
-# ------------------------------------------------------------------------------- what each stage is handed
+# ------------------------------------------------------------------------------- the arguments of each stage
 
 WIRING = ("--backbone resnet18 --init none --freeze-bn encoder --workers 0 --source-size 72x40 --target-size 64x32 "
           "--crop 48x24 --scale 0.75 1.25 --jitter 0.3 --warmup-iterations 2 --selftrain-iterations 3 --distill-iterations 4 "
@@ -922,8 +922,8 @@ def described(dataset):
 
 
 def spied(monkeypatch, argv):
-    """Run main with stub stages, which leave another number in the network each. Returns: what each stage was handed, and the
-    target images that each item of a source data set is aligned to, by three calls with other seeds."""
+    """Run main with stub stages; each adds another number to the network. Returns: each stage's arguments, and the target
+    images to which its source items are aligned, for three seeds."""
     calls, references = [], []
 
     def trained(model, amount):
@@ -979,7 +979,7 @@ def spied(monkeypatch, argv):
 
 
 @pytest.mark.parametrize("continues", [False, True])
-def test_what_each_stage_is_handed(continues, uneven, tmp_path, monkeypatch):
+def test_each_stage_receives_the_right_arguments(continues, uneven, tmp_path, monkeypatch):
     argv = ["--data", str(uneven), "--runs", str(tmp_path), *WIRING, *["--continue-warmup"] * continues]
     calls = spied(monkeypatch, argv)
     assert [call.name for call in calls] == ["warmup", "prepare", "selftrain", "labels of distill1", "distill1",
@@ -1007,7 +1007,7 @@ def test_what_each_stage_is_handed(continues, uneven, tmp_path, monkeypatch):
         assert not call.target.labelled and call.target.is_train and call.target.maps == [folder / name for name in maps]
         assert call.target.augment == warmup.source.augment
 
-    # Every source image is aligned to the same one target training image in all stages and epochs.
+    # Each source image is aligned to the same target training image in all stages and epochs.
     images = [(pair.image, Size(64, 32)) for pair in find_pairs(uneven, "cityscapes", "train", labels=False)]
     chosen = [[[k for k, image in enumerate(images) if image == used] for used in version]
               for call in (warmup, prepare, selftrain, distill1, distill2) for version in call.versions]
@@ -1028,13 +1028,13 @@ def test_an_upper_bound_trains_on_the_target_for_as_long_as_the_adapted_model(un
     assert call.source.labelled and call.source.is_train and call.versions == [[], [], []]
 
 
-def test_frozen_statistics_that_nothing_has_seen_are_refused(tmp_path, capsys):
+def test_frozen_batch_norm_without_training_is_refused(tmp_path, capsys):
     with pytest.raises(SystemExit):
         bismap.main(["--runs", str(tmp_path), "--adapt-freeze-bn", "all"])
     assert "add --continue-warmup" in capsys.readouterr().err
 
 
-def test_distillation_alone_takes_the_maps_beside_its_checkpoint(city, tmp_path, monkeypatch, capsys):
+def test_distillation_alone_uses_the_maps_beside_its_checkpoint(city, tmp_path, monkeypatch, capsys):
     argv, folder = ["--data", str(city), "--runs", str(tmp_path), *TINY], tmp_path / "bismap-gta5"
     bismap.main([*argv, "--assign", "none"])
     argv.append("--distill")

@@ -1,4 +1,4 @@
-"""C2F's alignment against scikit-image, its equations against naive float64 loops, and its steps on the tiny city."""
+"""C2F: alignment against scikit-image, equations against naive float64 loops, steps on the tiny city."""
 
 from __future__ import annotations
 
@@ -85,12 +85,12 @@ def test_match_histogram_equals_scikit_image(case):
 
 def test_match_histogram_by_hand_and_with_counts():
     source, reference = torch.tensor([[0.0, 0, 0, 10]]), torch.tensor([[1.0, 2], [3, 5]])
-    # CDF of 0 is 3/4, where the reference has 3; of 10 it is 1, where the reference has 5.
+    # The CDF of 0 is 3/4: the reference has 3 there. The CDF of 10 is 1: the reference has 5 there.
     assert c2f.match_histogram(source, reference).tolist() == [[3, 3, 3, 5]]
     counted = c2f.match_histogram(torch.tensor([[10.0, 0, 0]]), torch.tensor([[5.0, 1, 2, 3]]), torch.tensor([[1, 2, 1]]),
                                   torch.ones(1, 4).long())
     assert counted.tolist() == [[5, 3, 3]]
-    # CDF of 0 is 1/2, at which the reference has 2; its 5 occurs six times.
+    # The CDF of 0 is 1/2: the reference has 2 there, because its 5 occurs six times.
     often = c2f.match_histogram(torch.tensor([0.0, 10]), torch.tensor([1.0, 2, 5]), reference_count=torch.tensor([5, 1, 6]))
     assert often.tolist() == [2, 5]
     image = torch.rand(64, 64, generator=torch.Generator().manual_seed(1))
@@ -133,22 +133,22 @@ def test_gamma_of_equal_images_is_one_and_counts_count():
 
 
 def best_gamma(lightness, reference, beta):
-    """The optimum of Eq. (2) for histograms of 1,024 levels, by trying."""
+    """The optimum of Eq. (2) for histograms of 1,024 levels, by exhaustive search."""
     p_s, p_t = (np.bincount(np.floor(x.clip(0, 1).ravel() * 1023 + 0.5).astype(int), minlength=1024) / x.size
                 for x in (lightness, reference))
     L = np.arange(1024) / 1023
-    there, wanted = p_s > 0, sum(L * p_t)
-    gammas = np.linspace(0.05, 6, 1191)                                          # of steps of 0.005
+    present, reference_mean = p_s > 0, sum(L * p_t)
+    gammas = np.linspace(0.05, 6, 1191)                                          # in steps of 0.005
     for _ in range(2):
-        mean = (L[there, None] ** gammas * p_s[there, None]).sum(axis=0)
-        best = gammas[((mean - wanted) ** 2 + beta * (gammas - 1) ** 2).argmin()]
+        mean = (L[present, None] ** gammas * p_s[present, None]).sum(axis=0)
+        best = gammas[((mean - reference_mean) ** 2 + beta * (gammas - 1) ** 2).argmin()]
         gammas = np.linspace(best - 0.005, best + 0.005, 2001).clip(0.05, 6)
     return best
 
 
 @pytest.mark.parametrize("beta", [0.0, 0.01, 0.3])
 def test_gamma_is_the_optimum_of_histograms_of_1024_levels(beta):
-    # Rounded to 64 or 256 levels, these few values would move by up to 1/126 or 1/510.
+    # With 64 or 256 levels, rounding would move these few values by up to 1/126 or 1/510.
     few = [([0.3007], [0.4504]), ([0.2095, 0.2095, 0.6517], [0.3137]), ([0.7055], [0.333, 0.1234]), ([0.1137, 0.9], [0.6])]
     rng = np.random.default_rng(0)
     images = [(rng.uniform(size=900), rng.uniform(size=900) ** power) for power in (3.0, 0.7, 0.2)]
@@ -157,7 +157,7 @@ def test_gamma_is_the_optimum_of_histograms_of_1024_levels(beta):
         best = best_gamma(lightness, reference, beta)
         assert c2f.solve_gamma(*map(torch.tensor, (lightness, reference)), beta) == pytest.approx(best, abs=1e-4) and best != 1
         assert beta != 0.01 or c2f.solve_gamma(*map(torch.tensor, (lightness, reference))) == pytest.approx(best, abs=1e-4)
-    for equal in ([0.0], [1.0], [0.0, 1, 1], [1.0, 0, 0, 0]):                    # where no gamma changes the mean
+    for equal in ([0.0], [1.0], [0.0, 1, 1], [1.0, 0, 0, 0]):                    # no gamma changes the mean
         assert c2f.solve_gamma(torch.tensor(equal), torch.tensor(equal), beta) == 1
 
 
@@ -182,17 +182,17 @@ def aligned_in_lab(which, lab, lab_n, beta):
                                              ("gamma", 1.0), ("histogram", None)])
 def test_alignments_in_lab(which, beta, photos):
     align = partial(c2f.photometric_align, kind=which)
-    given = [] if beta is None else [beta]
+    beta_argument = [] if beta is None else [beta]
     colorful = [(torch.rand(3, 20, n, generator=torch.Generator().manual_seed(n)) ** torch.tensor(powers)[:, None, None] * 255
                  ).round() / 255 for n, powers in ((30, (1.5, 1.0, 0.7)), (25, (0.7, 0.8, 2.5)))]
     for source, reference in (photos, colorful):
         lab, lab_n = (color.rgb2lab(hwc(x)) for x in (source, reference))
-        aligned = align(source, reference, *given)
+        aligned = align(source, reference, *beta_argument)
         expected = color.lab2rgb(aligned_in_lab(which, lab, lab_n, 0.01 if beta is None else beta)).clip(0, 1)
         error = np.abs(hwc(aligned) - expected)
         assert aligned.shape == source.shape and (aligned - source).abs().max() > 0.03
-        assert np.median(error) < 1e-5 and error.max() < 2e-3                    # float32 splits values that tie in float64
-        assert torch.allclose(align(source, source, *given), source, atol=1e-4)
+        assert np.median(error) < 1e-5 and error.max() < 2e-3                    # float32 splits ties of float64
+        assert torch.allclose(align(source, source, *beta_argument), source, atol=1e-4)
 
 
 def test_alignment_by_colors_equals_alignment_by_pixels(photos):
@@ -204,7 +204,7 @@ def test_alignment_by_colors_equals_alignment_by_pixels(photos):
     assert c2f.distinct_colors(between[0])[0].shape == (3, 1, source[0].numel())
     for align in ALIGNMENTS[:3]:
         error = (align(source, reference) - align(*between)).abs()
-        assert error.median() < 1e-4 and error.quantile(0.98) < 0.01             # ties break where values moved by a rounding
+        assert error.median() < 1e-4 and error.quantile(0.98) < 0.01             # rounding breaks ties
 
 
 @pytest.mark.parametrize("align", ALIGNMENTS)
@@ -266,7 +266,7 @@ def test_the_seed_chooses_among_all_references(which, city, photos):
 
 @pytest.mark.parametrize("kind", ["gpa", "gamma", "histogram"])
 def test_a_crop_is_aligned_as_a_part_of_its_image(kind, tmp_path):
-    """Smooth pictures of 720 x 480, more than 2**18 pixels: a crop has the colours that the whole aligned image has there."""
+    """Smooth pictures of 720 x 480, more than 2**18 pixels: a crop has the colours of that window of the aligned image."""
     rng, files = np.random.default_rng(0), []
     for k in range(2):
         small = rng.integers(0, 256, (9, 13, 3)) ** (0.8 + 0.2 * k)
@@ -317,7 +317,7 @@ def test_thresholds_are_quantiles_of_all_confidences(p):
     t = c2f.category_thresholds(histogram, 0.9, p)
     for c, got in zip(confidences[:3], t.tolist()):
         above = math.ceil(p / 100 * len(c))
-        exact = np.sort(c)[::-1][above - 1] if above else 1.0                    # p percent lie at or above it
+        exact = np.sort(c)[::-1][above - 1] if above else 1.0                    # p percent are at or above it
         assert min(exact, 0.9) - 1 / B - 1e-9 <= got <= min(exact, 0.9) + 1e-9
         assert (c >= got).sum() >= above or got == 0.9
     assert t[3] == 0.9 and t.dtype == torch.float64
@@ -328,7 +328,7 @@ def test_thresholds_by_hand():
     at_ten[5], at_ten[12] = 90, 10
     below_ten[5], below_ten[12] = 901, 99
     at_the_cap[19] = 3
-    low[0], low[6], low[14] = 60, 35, 5                                          # 5 of 100, though 5 of 40 above the first bin
+    low[0], low[6], low[14] = 60, 35, 5                                          # 5 of 100; 5 of 40 above the first bin
     lowest[0] = 7
     t = c2f.category_thresholds(torch.stack([at_ten, below_ten, at_the_cap, low, lowest]))
     assert t.tolist() == pytest.approx([0.6, 0.25, 0.9, 0.3, 0], abs=1e-12)
@@ -375,20 +375,20 @@ def test_triplet_loss_is_eq_4(negatives):
 
 def test_triplet_loss_at_its_edges():
     centers = torch.eye(3, dtype=torch.float64)
-    tie = torch.tensor([1.0, 1, 1])[None, :, None, None].double()                # as far from every centre
+    tie = torch.tensor([1.0, 1, 1])[None, :, None, None].double()                # equally far from all centres
     label = torch.zeros(1, 1, 1, dtype=torch.int64)
     assert c2f.triplet_loss(tie, label, centers).item() == c2f.triplet_loss(tie, label, centers, 0.2).item()
     assert c2f.triplet_loss(tie, label, centers, 0.2).item() == pytest.approx(0.2)
     assert c2f.triplet_loss(tie, label, centers, 0.3).item() == pytest.approx(0.3)
     assert c2f.triplet_loss(tie, label, centers, 0.2, "all").item() == pytest.approx(0.4)
-    own = torch.tensor([5.0, 0, 0])[None, :, None, None].double().requires_grad_()
-    far = c2f.triplet_loss(own, label, centers, 0.2)                             # on its centre, sqrt 2 from the others
+    on_center = torch.tensor([5.0, 0, 0])[None, :, None, None].double().requires_grad_()
+    far = c2f.triplet_loss(on_center, label, centers, 0.2)                       # on its centre, sqrt 2 from the others
     far.backward()
-    assert far.item() == 0 and (own.grad == 0).all()
-    zero = torch.zeros(1, 3, 1, 1, dtype=torch.float64, requires_grad=True)      # a feature that ReLU has cut off
+    assert far.item() == 0 and (on_center.grad == 0).all()
+    zero = torch.zeros(1, 3, 1, 1, dtype=torch.float64, requires_grad=True)      # a feature after ReLU
     c2f.triplet_loss(zero, label, centers, 0.2).backward()
     assert zero.grad.isfinite().all() and zero.grad.abs().max() < 1e5
-    nothing = c2f.triplet_loss(own, label + IGNORE, centers, 0.2)
+    nothing = c2f.triplet_loss(on_center, label + IGNORE, centers, 0.2)
     assert nothing.item() == 0
     alone = torch.full((3, 3), math.nan).index_copy(0, torch.tensor([0]), torch.eye(3)[:1])
     assert c2f.triplet_loss(tie.float(), label, alone, 0.2).item() == 0          # no other centre
@@ -438,7 +438,7 @@ def test_consistency_loss_is_eq_5_and_valid_labels():
 
 def test_the_report_of_a_step_by_hand(capsys):
     histogram = torch.zeros(3, c2f.BINS, dtype=torch.int64)
-    histogram[0, [224, 225, 249]] = torch.tensor([5, 2, 1])                      # a: 3 of 8 from 0.9 on; b: all 2 from 0.1 on
+    histogram[0, [224, 225, 249]] = torch.tensor([5, 2, 1])                      # a: 3 of 8 are >= 0.9; b: both are >= 0.1
     histogram[1, 25] = 2
     centers = torch.tensor([[1.0, 0], [math.nan] * 2, [0, 1]])
     run = SimpleNamespace(classes=SimpleNamespace(names=("a", "b", "c")))
@@ -462,7 +462,7 @@ def test_tau_is_a_function_of_its_seeds():
 
 
 @pytest.mark.parametrize("strength", [0.0, 0.3, 0.8])
-def test_tau_jitters_what_was_there_before_the_normalisation(strength):
+def test_tau_jitters_the_image_before_normalisation(strength):
     images = 2 * torch.randn(3, 3, 8, 10, generator=torch.Generator().manual_seed(0))        # also out of [0, 1]
     got = c2f.tau(images, strength, [5, 6, 7])
     jitter = v2.ColorJitter(strength, strength, strength, 0.4 * strength)
@@ -480,7 +480,7 @@ def test_tau_jitters_what_was_there_before_the_normalisation(strength):
 
 
 def test_golden_numbers_of_the_alignment():
-    """Values that scikit-image, Eq. (2) by trying and a naive Fourier transform gave once."""
+    """Values from scikit-image, from an exhaustive search of Eq. (2) and from a naive Fourier transform."""
     m = torch.tensor([[[200, 30], [90, 12]], [[180, 60], [90, 240]], [[10, 200], [91, 130]]]) / 255
     n = torch.tensor([[[40, 250, 128]], [[80, 220, 30]], [[60, 90, 201]]]) / 255
     lab, lab_n = c2f.rgb_to_lab(m.double()), c2f.rgb_to_lab(n.double())
@@ -510,7 +510,7 @@ def test_golden_numbers_of_the_alignment():
 
 
 def test_golden_numbers_of_the_categories():
-    """Values that the loops above gave once, so that a change of reading shows even where loop and code change together."""
+    """Values of the loops above: a changed reading of an equation shows even if loop and code change together."""
     rng = np.random.default_rng(2103)
     rng.uniform(size=72)
     feat, logits = (torch.from_numpy(rng.normal(size=(1, n, 2, 3)).round(2)) for n in (2, 4))
@@ -549,7 +549,7 @@ class Tiny(nn.Module):
 
 
 class FakeRun:
-    """What a step uses of a run."""
+    """The part of a Run that a step uses."""
 
     rank = 0
     item_seeds = Run.item_seeds
@@ -581,7 +581,7 @@ def tiny_batches():
         torch.manual_seed(it)
         x_s, x_t = torch.randn(2, 3, 16, 32, dtype=torch.float64), 0.3 + 0.5 * torch.randn(2, 3, 16, 32, dtype=torch.float64)
         y_s, y_t = labels(2, 16, 32, K=4, seed=it), labels(2, 16, 32, K=4, seed=10 + it)
-        y_s[0, :4], y_t[1, :, :9] = IGNORE, IGNORE                               # images with unequal shares
+        y_s[0, :4], y_t[1, :, :9] = IGNORE, IGNORE                               # images with different numbers of labels
         batches.append(((x_s, y_s), (x_t, torch.ones_like(y_t), y_t)))
     return batches
 
@@ -593,13 +593,13 @@ def cross_entropy(logits, label):
 
 
 def train_by_hand(model, cfg, lr, batches, losses):
-    """SGD written out. losses(it, *batch) -> what is reported, what is minimised."""
+    """SGD written out. losses(it, *batch) -> reported losses, minimised loss."""
     weights = [(p, rate, torch.zeros_like(p)) for part, rate in ((model.encoder, cfg.encoder_rate * lr), (model.head, lr))
                for p in part.parameters()]
     reported = []
     for it, batch in enumerate(batches):
-        found, total = losses(it, *batch)
-        reported.append({name: loss.item() for name, loss in found.items()})
+        parts, total = losses(it, *batch)
+        reported.append({name: loss.item() for name, loss in parts.items()})
         grads = torch.autograd.grad(total, [p for p, _, _ in weights])
         with torch.no_grad():
             for (p, rate, v), grad in zip(weights, grads):
@@ -610,8 +610,8 @@ def train_by_hand(model, cfg, lr, batches, losses):
 
 def check_step(run, models, expected):
     assert len(run.losses) == 2 and run.state["model"] is models[0] and run.state.keys() == {"model", "optimizer"}
-    for got, wanted in zip(run.losses, expected):
-        assert got.keys() == wanted.keys() and got == pytest.approx(wanted, rel=1e-9)
+    for reported, by_hand in zip(run.losses, expected):
+        assert reported.keys() == by_hand.keys() and reported == pytest.approx(by_hand, rel=1e-9)
     for key, value in models[1].state_dict().items():
         torch.testing.assert_close(models[0].state_dict()[key], value, rtol=1e-9, atol=1e-12)
 
@@ -647,12 +647,12 @@ def test_a_step_minimises_the_three_losses(triplet_target, negatives, monkeypatc
     def losses(it, source, target):
         (x_s, y_s), (x_t, _, y_t) = source, target
         (feat_s, logits_s), (feat_t, logits_t), (_, logits_tau) = (models[1](x) for x in (x_s, x_t, jittered[it][3]))
-        triplet = eq4(feat_s, y_s[:, 2::4, 2::4], centers, 0.3, negatives)       # of 4 pixels the third: 1.5 to 2.5
+        triplet = eq4(feat_s, y_s[:, 2::4, 2::4], centers, 0.3, negatives)       # nearest: the third of 4 pixels
         if triplet_target:
             triplet = triplet + eq4(feat_t, y_t[:, 2::4, 2::4], centers, 0.3, negatives)
         seg_s, seg_t, consist = cross_entropy(logits_s, y_s), cross_entropy(logits_t, y_t), cross_entropy(logits_tau, y_t)
-        found = {"seg_s": seg_s, "seg_t": seg_t, "triplet": triplet, "consist": consist}
-        return found, seg_s + 0.7 * seg_t + 1.9 * triplet + 0.4 * consist
+        parts = {"seg_s": seg_s, "seg_t": seg_t, "triplet": triplet, "consist": consist}
+        return parts, seg_s + 0.7 * seg_t + 1.9 * triplet + 0.4 * consist
     run, data, note = FakeRun(batches), [object(), object()], {"thresholds": {}}
     c2f.train_step(run, cfg, 2, models[0], centers, *data, note)
     assert (run.name, run.iterations, run.data, run.batch_size, run.note) == ("step2", 77, data, 2, note)
@@ -662,14 +662,14 @@ def test_a_step_minimises_the_three_losses(triplet_target, negatives, monkeypatc
     assert run.losses[0]["triplet"] > 0.05 and abs(run.losses[0]["consist"] - run.losses[0]["seg_t"]) > 1e-3
 
     seeds = [seeds for *_, seeds, _ in jittered]
-    for seed, i in ((3, 2), (4, 2), (3, 1)):                                     # the same again; others
+    for seed, i in ((3, 2), (4, 2), (3, 1)):                                     # the same seeds again; others
         c2f.train_step(FakeRun(batches, seed), cfg, i, models[0], centers, *data)
         again = [seeds for *_, seeds, _ in jittered[-2:]]
         assert again == seeds or (seed, i) != (3, 2)
         assert len({*sum(seeds, []), *sum(again, [])}) == (4 if (seed, i) == (3, 2) else 8)
 
 
-# ------------------------------------------------------------------------------------ what a step is handed
+# ------------------------------------------------------------------------------------ what a step receives
 
 
 STAGES = ("train_step0", "prepare_step", "train_step")
@@ -690,7 +690,7 @@ def uneven(city, tmp_path):
 
 
 def described(value):
-    """What matters of what a stage is handed."""
+    """The relevant parts of a stage's argument."""
     if isinstance(value, c2f.Subset):
         return described(value.dataset)
     if isinstance(value, c2f.SegmentationDataset):
@@ -705,7 +705,7 @@ def described(value):
 
 
 class Wiring:
-    """Runs c2f.main with its stages, optimizers, data sets and networks watched; `log` holds what they were handed."""
+    """Runs c2f.main and records in `log` the arguments of its stages, optimizers, data sets and networks."""
 
     def __init__(self, monkeypatch):
         self.log, self.patch = [], monkeypatch
@@ -730,20 +730,20 @@ class Wiring:
         self.patch.setattr(owner, name, watched)
 
     def run(self, *argv):
-        """Returns: (stage, its i) -> (handed, the same at its end, what the evaluation after it saw, rates)."""
+        """Returns: (stage, its i) -> (arguments, the same at its end, inputs of the evaluation after it, rates)."""
         self.log.clear()
         c2f.main([*SMALL.split(), *argv])
-        stages, handed = {None: [None, {}, [], None]}, None
-        for name, what in self.log:
+        stages, stage = {None: [None, {}, [], None]}, None
+        for name, value in self.log:
             if name in STAGES:
-                stages[handed := (name, what.get("i", 0))] = [what, None, [], None]
+                stages[stage := (name, value.get("i", 0))] = [value, None, [], None]
             elif name.startswith("end of"):
-                stages[handed][1] = what
+                stages[stage][1] = value
             elif name == "sgd":
-                stages[handed][3] = sorted({group["lr"] for group in what})
-                assert {(group["momentum"], group["weight_decay"]) for group in what} == {(0.8, 0.02)}
-            elif stages[handed][1] is not None:                                 # after a stage: its evaluation
-                stages[handed][2].append(what)
+                stages[stage][3] = sorted({group["lr"] for group in value})
+                assert {(group["momentum"], group["weight_decay"]) for group in value} == {(0.8, 0.02)}
+            elif stages[stage][1] is not None:                                  # after a stage: its evaluation
+                stages[stage][2].append(value)
         return stages
 
 
@@ -751,62 +751,62 @@ def same(a, b):
     return all(torch.equal(a["weights"][key], b["weights"][key]) for key in a["weights"])
 
 
-def test_each_step_is_handed_what_it_should_be(uneven, tmp_path, monkeypatch):
-    wiring, where = Wiring(monkeypatch), ["--data", str(uneven), "--runs", str(tmp_path)]
+def test_each_step_receives_the_right_arguments(uneven, tmp_path, monkeypatch):
+    wiring, paths = Wiring(monkeypatch), ["--data", str(uneven), "--runs", str(tmp_path)]
     references = {str(pair.image) for pair in find_pairs(uneven, "cityscapes", labels=False)}
-    moved = c2f.Augment(scale=(1.0, 1.25), crop=c2f.Size(40, 20))
-    jittered = c2f.replace(moved, jitter=0.3)
+    augment = c2f.Augment(scale=(1.0, 1.25), crop=c2f.Size(40, 20))
+    jittered = c2f.replace(augment, jitter=0.3)
     of_source = {"domain": "gta5", "split": set(), "images": 5, "size": c2f.Size(80, 40), "augment": jittered, "labelled": True,
                  "aligned to": references, "maps": 0}
-    of_target = {"domain": "cityscapes", "split": {"train"}, "images": 8, "size": c2f.Size(48, 24), "augment": moved,
+    of_target = {"domain": "cityscapes", "split": {"train"}, "images": 8, "size": c2f.Size(48, 24), "augment": augment,
                  "labelled": False, "aligned to": None, "maps": 0}
     tested = {**of_target, "split": {"val"}, "images": 3, "augment": c2f.Augment(), "labelled": True}
 
-    def check_evaluation(looked):
-        items = [x for x in looked if isinstance(x, tuple)]
+    def check_evaluation(seen):
+        items = [x for x in seen if isinstance(x, tuple)]
         assert items and all(item == tested and isinstance(key, int) for item, key in items)
-        assert {tuple(x.shape[-2:]) for x in looked if isinstance(x, torch.Tensor)} == {(24, 48)}
+        assert {tuple(x.shape[-2:]) for x in seen if isinstance(x, torch.Tensor)} == {(24, 48)}
 
-    stages = wiring.run(*where)
+    stages = wiring.run(*paths)
     assert [*stages] == [None, ("train_step0", 0), *((name, i) for i in (1, 2) for name in ("prepare_step", "train_step"))]
-    given, before, looked, rates = stages["train_step0", 0]
+    given, before, seen, rates = stages["train_step0", 0]
     assert given["source"] == of_source and given["iterations"] == 2 and rates == pytest.approx([0.002, 0.004])
     assert given["model"]["norms"] == {FROZEN, TRAINED} and not same(given["model"], before["model"])
-    check_evaluation(looked)
+    check_evaluation(seen)
     for i in (1, 2):
         given, end, *_ = stages["prepare_step", i]
         assert given["aligned"] == {**of_source, "augment": c2f.Augment()} and given["target"] == of_target
         assert same(given["model"], before["model"])                            # T_{i-1} labels,
-        given, end, looked, rates = stages["train_step", i]
+        given, end, seen, rates = stages["train_step", i]
         assert given["source"] == of_source and given["target"] == {**of_target, "maps": 1}
         assert same(given["model"], before["model"]) and not same(given["model"], end["model"])   # and becomes T_i
         assert given["model"]["norms"] == {FROZEN} and rates == pytest.approx([0.0005, 0.001])
-        check_evaluation(looked)
+        check_evaluation(seen)
         before = end
 
-    begun = str(tmp_path / "c2f-gta5/step0.pt")
-    again = wiring.run(*where, "--from", begun, "--stage", "step1", "--adapt-freeze-bn", "none", "--alignment", "none",
+    checkpoint = str(tmp_path / "c2f-gta5/step0.pt")
+    restarted = wiring.run(*paths, "--from", checkpoint, "--stage", "step1", "--adapt-freeze-bn", "none", "--alignment", "none",
                        "--tag", "unaligned")
-    given, *_ = again["train_step", 1]
-    assert all(same(again[stage, 1][0]["model"], stages["train_step0", 0][1]["model"]) for stage in STAGES[1:])
+    given, *_ = restarted["train_step", 1]
+    assert all(same(restarted[stage, 1][0]["model"], stages["train_step0", 0][1]["model"]) for stage in STAGES[1:])
     assert given["source"] == {**of_source, "aligned to": None} and given["model"]["norms"] == {TRAINED}
-    check_evaluation(wiring.run(*where, "--eval")[None][2])
+    check_evaluation(wiring.run(*paths, "--eval")[None][2])
 
-    given, _, looked, _ = wiring.run(*where, "--target-labels", "--stage", "step0", "--tag", "bound")["train_step0", 0]
+    given, _, seen, _ = wiring.run(*paths, "--target-labels", "--stage", "step0", "--tag", "bound")["train_step0", 0]
     assert given["source"] == {**of_target, "augment": jittered, "labelled": True} and given["iterations"] == 2 + 2 * 3
-    check_evaluation(looked)
+    check_evaluation(seen)
 
 
 # ------------------------------------------------------------------------------------------- on files
 
 
 def test_a_step_starts_with_the_model_before_it(city, tmp_path, monkeypatch):
-    """Weights, centres, thresholds and labels of a step come from the model of the step before, over the aligned source."""
+    """A step's weights, thresholds and labels come from the previous step's model; its centres too, on the aligned source."""
     started = {}
 
     def train_step(run, cfg, i, model, centers, source, target, note, _train=c2f.train_step):
-        begin = {key: value.clone() for key, value in model.state_dict().items()}
-        started[i] = begin, model.training, model.frozen_bn, centers, source, target, note
+        weights = {key: value.clone() for key, value in model.state_dict().items()}
+        started[i] = weights, model.training, model.frozen_bn, centers, source, target, note
         _train(run, cfg, i, model, centers, source, target, note)
     monkeypatch.setattr(c2f, "train_step", train_step)
     small = ("--backbone resnet18 --init none --source-size 64x32 --target-size 48x24 --crop 48x24 --workers 0 --batch-size 1 "
@@ -816,10 +816,10 @@ def test_a_step_starts_with_the_model_before_it(city, tmp_path, monkeypatch):
     folder, model = tmp_path / "c2f-gta5", build_model("v3+", "resnet18", 19, "none").eval()
     trained = [torch.load(folder / f"step{i}.pt", weights_only=True)["state"]["model"] for i in range(3)]
 
-    # The encoder's batch norms are fixed after step 0, as asked; those of the rest are not.
+    # --adapt-freeze-bn encoder: after step 0 the encoder's batch norm is frozen, the rest is not.
     for before, after in zip(trained, trained[1:]):
-        moved = {key.split(".")[0] for key in before if "running" in key and not torch.equal(before[key], after[key])}
-        assert moved == {"aspp", "low", "decoder"}
+        changed = {key.split(".")[0] for key in before if "running" in key and not torch.equal(before[key], after[key])}
+        assert changed == {"aspp", "low", "decoder"}
 
     classes, targets = class_list("gta5"), find_pairs(city, "cityscapes", labels=False)
     resized = [v2.functional.resize(read_image(pair.image), [24, 48], antialias=True) / 255 for pair in targets]
@@ -831,8 +831,8 @@ def test_a_step_starts_with_the_model_before_it(city, tmp_path, monkeypatch):
 
     capped, written, log = [], [], read_log(folder)
     for i in (1, 2):
-        begin, training, frozen, centers, of_source, of_target, note = started[i]
-        assert training and frozen == "encoder" and all(torch.equal(begin[key], trained[i - 1][key]) for key in begin)
+        weights, training, frozen, centers, of_source, of_target, note = started[i]
+        assert training and frozen == "encoder" and all(torch.equal(weights[key], trained[i - 1][key]) for key in weights)
         assert isinstance(of_source.transform, c2f.Alignment) and of_target.transform is None
         assert (of_source.augment.jitter, of_target.augment.jitter) == (0.5, 0)
         model.load_state_dict(trained[i - 1])
@@ -840,7 +840,7 @@ def test_a_step_starts_with_the_model_before_it(city, tmp_path, monkeypatch):
         for k, image in enumerate(images):
             with torch.no_grad():
                 feat = model(image[None])[0]
-            part = c2f.class_sums(feat, source[k][1][None, 2::4, 2::4], 19)      # of 4 pixels the third: 1.5 to 2.5
+            part = c2f.class_sums(feat, source[k][1][None, 2::4, 2::4], 19)      # nearest: the third of 4 pixels
             total, count = total + part[0], count + part[1]
         torch.testing.assert_close(centers, c2f.category_centers(total, count).float(), rtol=1e-4, atol=1e-5, equal_nan=True)
 
@@ -859,15 +859,15 @@ def test_a_step_starts_with_the_model_before_it(city, tmp_path, monkeypatch):
         assert list(note["thresholds"]) == list(classes.names) and note.items() <= record.items()
         assert note["without_center"] == [name for name, center in zip(classes.names, centers) if center.isnan().any()]
         for c, (name, t) in enumerate(note["thresholds"].items()):
-            own, valid = confidences[predicted == c], pngs[predicted == c] == c
-            if not len(own):                                                     # never predicted
+            confidence, valid = confidences[predicted == c], pngs[predicted == c] == c
+            if not len(confidence):                                              # never predicted
                 assert t == 0.15 and name not in note["valid_percent"]
                 continue
-            assert (own > t - 1e-5).float().mean() >= 0.45                       # at or above t_c, an edge of a bin
+            assert (confidence > t - 1e-5).float().mean() >= 0.45                # at or above t_c, an edge of a bin
             assert t == 0.15 or (t * c2f.BINS) % 1 == pytest.approx(0, abs=1e-9) and t < 0.15
-            assert t == 0.15 or (own > t + 1 / c2f.BINS + 1e-5).float().mean() < 0.45
-            first = math.ceil(t * c2f.BINS - 1e-6) / c2f.BINS                    # 0.15 counts as the next edge above it
-            assert valid[own > first + 1e-5].all() and not valid[own < first - 1e-5].any()
+            assert t == 0.15 or (confidence > t + 1 / c2f.BINS + 1e-5).float().mean() < 0.45
+            first = math.ceil(t * c2f.BINS - 1e-6) / c2f.BINS                    # 0.15 counts as the next edge
+            assert valid[confidence > first + 1e-5].all() and not valid[confidence < first - 1e-5].any()
             assert note["valid_percent"][name] == pytest.approx(100 * valid.float().mean().item(), abs=0.006)
             capped.append(t == 0.15)
         assert ((pngs == predicted) | (pngs == IGNORE)).all() and 0.1 < (pngs == IGNORE).float().mean() < 0.9

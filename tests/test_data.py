@@ -1,4 +1,4 @@
-"""common/data.py on files made byte by byte."""
+"""common/data.py on files written byte by byte."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ from common.files import UserError
 from common.layouts import find_pairs
 
 GTA, SYN = class_list("gta5"), class_list("synthia")
-# Worked out by hand from the datasets' id lists: Cityscapes id -> class index with 19 and with 16 classes, and
+# By hand from the data sets' id lists: Cityscapes id -> class index with 19 and with 16 classes, and
 # SYNTHIA id -> class index with 16.
 CITY_19 = dict(zip([7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33], range(19)))
 CITY_16 = {7: 0, 8: 1, 11: 2, 12: 3, 13: 4, 17: 5, 19: 6, 20: 7, 21: 8, 23: 9, 24: 10, 25: 11, 26: 12, 28: 13, 32: 14,
@@ -99,7 +99,7 @@ def test_synthia_labels_are_the_first_of_16_bit_channels(tmp_path):
     ids = np.arange(23, dtype=np.uint16)
     path = write_png(tmp_path / "label.png", np.stack([ids, ids * 2000, 0 * ids], axis=-1)[None], 2)
     assert read_label(path, "synthia", SYN)[0].tolist() == [SYNTHIA_16.get(i, 255) for i in range(23)]
-    assert read_label(path, "synthia", GTA)[0, 19] == 15         # with 19 classes a bus is 15, not 13
+    assert read_label(path, "synthia", GTA)[0, 19] == 15         # a bus is 15 with 19 classes, not 13
     write_png(path, np.stack([ids, ids, ids], axis=-1).astype(np.uint8)[None], 2)
     with pytest.raises(UserError, match="label.png must be a 16-bit RGB PNG"):
         read_label(path, "synthia", SYN)
@@ -137,7 +137,7 @@ def test_images_are_rgb(tmp_path):
                 expected = np.array(file.convert("RGB"))
             image = read_image(tmp_path / "x")
             assert image.dtype == torch.uint8
-            tolerance = 2 if mode == "CMYK" else 0               # the two libraries round the black channel differently
+            tolerance = 2 if mode == "CMYK" else 0               # the libraries round the black channel differently
             assert np.abs(image.permute(1, 2, 0).numpy().astype(int) - expected).max() <= tolerance
 
 
@@ -151,7 +151,7 @@ def _read_in_another_process(path, kind, answer):
 
 @pytest.mark.parametrize("kind", ["image", "jpeg", "gta5", "synthia"])
 def test_damaged_files_are_errors_that_name_them(tmp_path, kind):
-    """In another process, because a decoder that meets a damaged file may take the process with it."""
+    """In another process, because a damaged file may make a decoder kill its process."""
     path = tmp_path / "x.png"
     if kind == "jpeg":
         Image.fromarray(noise(64, 64)).save(path, format="JPEG")
@@ -159,13 +159,13 @@ def test_damaged_files_are_errors_that_name_them(tmp_path, kind):
         write_png(path, (noise(64, 64) % 23).astype(np.uint16), 2)
     else:
         write_png(path, noise(64, 64) if kind == "image" else noise(64, 64)[..., 0] % 34, 2 if kind == "image" else 0)
-    whole = path.read_bytes()
-    half = len(whole) // 2
-    damages = {"cut": whole[:half], "short": whole[:-30], "zeros": whole[:half] + bytes(len(whole) - half),
+    content = path.read_bytes()
+    half = len(content) // 2
+    damages = {"cut": content[:half], "short": content[:-30], "zeros": content[:half] + bytes(len(content) - half),
                "empty": b"", "text": b"version https://git-lfs.github.com/spec/v1\n"}
     if kind != "jpeg":                                           # JPEG has no checksums
-        damages["bit"] = whole[:half] + bytes([whole[half] ^ 1]) + whole[half + 1:]
-    if kind == "synthia":                                        # whole by its checksums, but rows are missing
+        damages["bit"] = content[:half] + bytes([content[half] ^ 1]) + content[half + 1:]
+    if kind == "synthia":                                        # correct checksums, but rows are missing
         rows = write_png(tmp_path / "y.png", (noise(64, 64) % 23).astype(np.uint16), 2, rows=40)
         damages["rows"] = rows.read_bytes()
         damages["filter"] = write_png(tmp_path / "y.png", (noise(64, 64) % 23).astype(np.uint16), 2, kind=5).read_bytes()
@@ -194,9 +194,9 @@ def test_find_pairs_in_each_layout(tmp_path):
     pairs = find_pairs(tmp_path, "gta5")
     assert pairs == [Pair(tmp_path / f"gta5/images/{n}.png", tmp_path / f"gta5/labels/{n}.png", n)
                      for n in ("00001", "00002")]
-    moved = find_pairs(tmp_path, "gta5", images=tmp_path / "translated")
-    assert [p.image for p in moved] == [tmp_path / "translated/00001.png", tmp_path / "translated/00002.png"]
-    assert [p[1:] for p in moved] == [p[1:] for p in pairs]
+    translated = find_pairs(tmp_path, "gta5", images=tmp_path / "translated")
+    assert [p.image for p in translated] == [tmp_path / "translated/00001.png", tmp_path / "translated/00002.png"]
+    assert [p[1:] for p in translated] == [p[1:] for p in pairs]
 
     touch(tmp_path, "synthia/RGB/0000000.png", "synthia/GT/LABELS/0000000.png")
     assert find_pairs(tmp_path, "synthia")[0].label == tmp_path / "synthia/GT/LABELS/0000000.png"
@@ -244,7 +244,7 @@ def test_what_is_missing_is_named(tmp_path):
 
 
 def test_labels_of_another_size_than_their_image(tmp_path):
-    """In training they are resized to it, in evaluation they keep their own size; the proportions must fit within 2 percent."""
+    """Training labels are resized to it, evaluation labels keep their size; proportions may differ by at most 2 percent."""
     image = write_png(tmp_path / "image.png", noise(4, 6), 2)
     label = write_png(tmp_path / "label.png", np.array([[7, 8, 11], [12, 13, 17]], np.uint8), 0)
     for dataset in ("gta5", "cityscapes", "crosscity"):
@@ -253,7 +253,7 @@ def test_labels_of_another_size_than_their_image(tmp_path):
         assert images[0][1].tolist() == [[0, 1, 2], [3, 4, 5]]
     ids = np.array(sorted(CITY_19))[noise(62, 93)[..., 0] % 19].astype(np.uint8)
     pair = Pair(write_png(tmp_path / "wide.png", noise(40, 60), 2), write_png(tmp_path / "small.png", ids, 0), "wide")
-    shown = SegmentationDataset([pair], "gta5", GTA, Size(30, 20))[0, 5][1].numpy()             # by way of the image's own size
+    shown = SegmentationDataset([pair], "gta5", GTA, Size(30, 20))[0, 5][1].numpy()             # first to the image's file size
 
     def nearest(array, height, width):
         rows, columns = ((2 * np.arange(n) + 1) * old // (2 * n) for n, old in zip((height, width), array.shape))
@@ -273,11 +273,11 @@ def test_labels_of_another_size_than_their_image(tmp_path):
 
 CITYSCAPES_COLORS = {0: (0, 0, 0), 4: (20, 20, 20), 5: (111, 74, 0), 7: (128, 64, 128), 11: (70, 70, 70), 17: (153, 153, 153),
                      18: (153, 153, 153), 21: (107, 142, 35), 22: (152, 251, 152), 23: (70, 130, 180), 26: (0, 0, 142),
-                     34: (0, 0, 142)}                            # of ids; 18 and 34 are GTA5's, without a class
+                     34: (0, 0, 142)}                            # of ids; 18 and 34: GTA5's, without a class
 
 
 def palette_png(path, ids: np.ndarray, entries: dict[int, int], colors):
-    """A palette PNG that shows `ids`: entries: id -> its index in the palette; colors: id -> its colour."""
+    """A palette PNG of `ids`. entries: id -> its palette index; colors: id -> its colour."""
     palette = np.zeros((256, 3), np.uint8)
     for i, index in entries.items():
         palette[index] = colors[i]
@@ -296,17 +296,17 @@ def test_a_palettes_content_decides_what_its_indices_mean(tmp_path, classes, tab
 
     greys = {i: (i, i, i) for i in range(256)}
     assert read("gta5", ids, plain, CITYSCAPES_COLORS) == (expected, "")
-    for dataset in ("gta5", "cityscapes", "crosscity"):          # as optimisers write them: sorted by something else
+    for dataset in ("gta5", "cityscapes", "crosscity"):          # reordered, as optimisers of PNGs do
         assert read(dataset, ids, order, CITYSCAPES_COLORS) == (expected, BY_COLOR)
         assert read(dataset, ids, order, greys)[0] == expected
         assert read(dataset, ids, plain, greys)[0] == expected
         others = {i: (9 * i % 256, 255 - i, 7 * i) for i in range(35)}
-        labels, way = read(dataset, ids, plain, others)
-        assert labels == expected and "indices are the ids" in way
-    # GTA5's 18 and 34 have no class, though they have the colours of pole and car; a palette of greys may be GTA5's own.
+        labels, reading = read(dataset, ids, plain, others)
+        assert labels == expected and "indices are the ids" in reading
+    # GTA5's 18 and 34 have no class, but the colours of pole and car. A palette of greys may be GTA5's own.
     assert read("gta5", np.array([[18, 34, 26, 17]]), plain, CITYSCAPES_COLORS) == ([[255, 255, table[26], table[17]]], "")
     assert read("gta5", np.array([[0, 4, 11]]), plain, CITYSCAPES_COLORS) == ([[255, 255, 2]], "")
-    # ids 0 and 20 by greys, of which 20 is the colour of another id
+    # ids 0 and 20 as greys; grey 20 is also the colour of another id
     assert read("cityscapes", np.array([[0, 20]]), {0: 0, 20: 1}, greys)[0] == [[255, table[20]]]
     with pytest.raises(UserError, match="x.png has ids that cityscapes does not define: 200;"):
         read("cityscapes", np.array([[200]]), {200: 3}, greys)
@@ -317,8 +317,9 @@ def test_a_palettes_content_decides_what_its_indices_mean(tmp_path, classes, tab
 def test_black_and_white_labels_are_8_bit_ones_that_were_shrunk(tmp_path):
     pixels = np.array([[0, 255, 0], [0, 0, 255]], np.uint8)
     Image.fromarray(pixels).convert("1").save(tmp_path / "x.png")
-    ids, _, way = read_ids(tmp_path / "x.png", "cityscapes", GTA)
-    assert ids.tolist() == pixels.tolist() and way == "" and (read_label(tmp_path / "x.png", "cityscapes", GTA) == 255).all()
+    ids, _, reading = read_ids(tmp_path / "x.png", "cityscapes", GTA)
+    assert ids.tolist() == pixels.tolist() and reading == ""
+    assert (read_label(tmp_path / "x.png", "cityscapes", GTA) == 255).all()
 
 
 def test_train_ids_are_read_by_classes_that_say_so(tmp_path):
@@ -377,7 +378,7 @@ def test_a_set_without_labels_is_no_error_where_none_are_needed(tmp_path):
     assert find_pairs(tmp_path, "cityscapes", "val", unlabelled=True)[0].label is None
     with pytest.raises(UserError, match="gtFine/val has no cityscapes files"):
         find_pairs(tmp_path, "cityscapes", "val")
-    touch(tmp_path, "cityscapes/gtFine/val/ulm/a_gtFine_polygons.json")      # somebody meant labels to be there
+    touch(tmp_path, "cityscapes/gtFine/val/ulm/a_gtFine_polygons.json")      # a sign that labels should be there
     with pytest.raises(UserError, match=r"found in .*gtFine/val: ulm/a_gtFine_polygons.json$"):
         find_pairs(tmp_path, "cityscapes", "val", unlabelled=True)
 
@@ -388,7 +389,7 @@ def test_evaluation_items_keep_the_labels_resolution(tmp_path):
     assert (image.shape, label.shape, name) == ((3, 6, 8), (12, 16), "00000")
     assert (image.dtype, label.dtype) == (torch.float32, torch.int64)
     assert label.tolist() == [[CITY_19.get(i, 255) for i in row] for row in (noise(12, 16)[..., 0] % 35).tolist()]
-    small = noise(12, 16).reshape(6, 2, 8, 2, 3).mean((1, 3))     # halving, antialiased: close to the mean of 2x2
+    small = noise(12, 16).reshape(6, 2, 8, 2, 3).mean((1, 3))     # half size, antialiased: about the mean of 2x2
     shown = image * torch.tensor(IMAGENET_STD).view(3, 1, 1) + torch.tensor(IMAGENET_MEAN).view(3, 1, 1)
     assert np.corrcoef(shown.permute(1, 2, 0).flatten(), small.ravel())[0, 1] > 0.85
     unlabelled = SegmentationDataset([dataset.pairs[0]._replace(label=None)], "gta5", GTA, Size(8, 6))[0][1]
@@ -396,7 +397,7 @@ def test_evaluation_items_keep_the_labels_resolution(tmp_path):
 
 
 def test_image_label_and_maps_move_together(tmp_path):
-    """Red is the column and green the row, so the image itself says where each pixel of label and maps comes from."""
+    """Red is the column and green the row, so the image shows the origin of each pixel of the label and the maps."""
     h, w = 60, 80
     y, x = np.mgrid[:h, :w]
     ids = np.array(sorted(CITY_19))
@@ -448,21 +449,22 @@ def test_jitter_and_transform_change_the_image_only(tmp_path):
         seen.append((crop.dtype, tuple(crop.shape), 0 <= crop.min() <= crop.max() <= 1))
         return 1 - crop
 
-    jittered, altered = dataset_of(tmp_path, augment=Augment(jitter=0.5))[0, 3], dataset_of(tmp_path, transform=transform)[0, 3]
+    jittered = dataset_of(tmp_path, augment=Augment(jitter=0.5))[0, 3]
+    transformed = dataset_of(tmp_path, transform=transform)[0, 3]
     assert not torch.equal(jittered[0], plain[0]) and torch.equal(jittered[1], plain[1])
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))
-    torch.testing.assert_close(altered[0] * std + mean, 1 - (plain[0] * std + mean))
+    torch.testing.assert_close(transformed[0] * std + mean, 1 - (plain[0] * std + mean))
     assert seen == [(torch.uint8, (3, 12, 16), 3, "00000"), (torch.float32, (3, 12, 16), True)]
     cropped = dataset_of(tmp_path, augment=Augment(crop=Size(20, 5)), transform=transform)[0, 3][0]      # wider than the image
     assert seen[3] == (torch.float32, (3, 5, 16), True) and cropped.shape == (3, 5, 20)
-    assert (cropped == 0).all(dim=0).any(dim=0).sum() == 4       # the padding has the mean colour, whatever becomes of the crop
-    whole = dataset_of(tmp_path, transform=lambda image, seed, name: (255 - image, None))[0, 3]
-    torch.testing.assert_close(whole[0], altered[0])
+    assert (cropped == 0).all(dim=0).any(dim=0).sum() == 4       # the padding has the mean colour; the crop's change leaves it
+    without_crop = dataset_of(tmp_path, transform=lambda image, seed, name: (255 - image, None))[0, 3]
+    torch.testing.assert_close(without_crop[0], transformed[0])
 
 
 def test_an_item_is_a_window_of_the_resized_image_and_label(tmp_path):
-    """Every item is found in the whole image at its factor's size, to 1/255, and its label in the whole label; windows reach
-    every place."""
+    """Each item is a window of the resized image, to 1/255, and its label is the same window of the resized label. The windows
+    reach all regions."""
     pixels = np.array(Image.fromarray(noise(12, 17)).resize((67, 45), Image.Resampling.BICUBIC))
     ids = np.array(sorted(CITY_19))[noise(45, 67)[..., 0] % 19].astype(np.uint8)
     pair = Pair(write_png(tmp_path / "image.png", pixels, 2), write_png(tmp_path / "label.png", ids, 0), "image")
@@ -472,17 +474,17 @@ def test_an_item_is_a_window_of_the_resized_image_and_label(tmp_path):
         scale = (0.7, 1.4)[seed % 2]
         item = SegmentationDataset([pair], "gta5", GTA, None, Augment(scale=(scale, scale), crop=crop))[0, seed]
         size = (round(scale * 45), round(scale * 67))
-        whole = torch.nn.functional.interpolate(torch.from_numpy(pixels).permute(2, 0, 1)[None] / 255, size, mode="bilinear",
-                                                antialias=True)[0]
+        full_image = torch.nn.functional.interpolate(torch.from_numpy(pixels).permute(2, 0, 1)[None] / 255, size,
+                                                     mode="bilinear", antialias=True)[0]
         label = torch.from_numpy(np.vectorize(CITY_19.get)(ids)).float()
         label = torch.nn.functional.interpolate(label[None, None], size, mode="nearest-exact")[0, 0].long()
-        shown, found = item[0] * std + mean, []
+        shown, matches = item[0] * std + mean, []
         for top in range(size[0] - 22 + 1):
             for left in range(size[1] - 31 + 1):
                 if torch.equal(label[top:top + 22, left:left + 31], item[1]):
-                    found.append((whole[:, top:top + 22, left:left + 31] - shown).abs().max() <= 1 / 255)
+                    matches.append((full_image[:, top:top + 22, left:left + 31] - shown).abs().max() <= 1 / 255)
                     corners.add((scale, 3 * top // (size[0] - 21), 3 * left // (size[1] - 30)))
-        assert found == [True]
+        assert matches == [True]
     assert len(corners) > 14                                     # of 2 x 9
 
 
@@ -491,7 +493,7 @@ def test_an_item_is_a_function_of_index_and_seed(tmp_path):
     dataset = dataset_of(gta5(tmp_path, 2, (240, 320)), augment=augment)
     threads, state = torch.get_num_threads(), torch.get_rng_state()
     first = [dataset[1, seed][0] for seed in range(4)]
-    assert torch.equal(torch.get_rng_state(), state)             # the run's own random numbers are not touched
+    assert torch.equal(torch.get_rng_state(), state)             # the run's random state is unchanged
     torch.manual_seed(99)
     try:
         torch.set_num_threads(1 if threads > 1 else 2)
@@ -547,8 +549,8 @@ def test_a_fixed_version_is_training_items_of_one_seed(tmp_path):
 def test_an_image_at_another_size_is_antialiased_and_in_0_to_1(tmp_path):
     pixels = np.kron([[0, 255], [255, 0]], np.ones((8, 8))).astype(np.uint8)
     path = write_png(tmp_path / "x.png", np.stack([pixels] * 3, -1), 2)
-    whole, small = read_resized(path, None), read_resized(path, Size(2, 4))
-    assert whole.shape == (3, 16, 16) and whole.dtype == torch.float32 and set(whole.unique().tolist()) == {0.0, 1.0}
+    full, small = read_resized(path, None), read_resized(path, Size(2, 4))
+    assert full.shape == (3, 16, 16) and full.dtype == torch.float32 and set(full.unique().tolist()) == {0.0, 1.0}
     assert small.shape == (3, 4, 2) and small[0, 0, 0] < 0.2 and small[0, 0, 1] > 0.8
     assert 0 < small[0, 1, 0] < small[0, 2, 0] < 1
 
@@ -577,7 +579,7 @@ def test_a_workers_error_arrives_as_one_sentence(tmp_path, workers, capsys):
         main([])
     sentence = f"test_data.py: error: cannot read {path}: the file is damaged, truncated or not an image\n"
     assert stop.value.code == 2 and capsys.readouterr().err == sentence
-    assert not multiprocessing.active_children()                 # the loader's went with it
+    assert not multiprocessing.active_children()                 # the loader's workers have ended
 
 
 def test_saved_labels_come_back_and_failures_leave_nothing(tmp_path):

@@ -1,4 +1,4 @@
-"""common/pixels.py against torchvision and against values worked out by hand."""
+"""common/pixels.py against torchvision and against values computed by hand."""
 
 from __future__ import annotations
 

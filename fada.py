@@ -2,9 +2,9 @@
 
 Wang, Shen, Zhang, Duan, Mei. ECCV 2020. arXiv:2007.09222
 
-A discriminator that tells source features from target features is split into K channels per domain, so that it also tells
-classes apart; the segmentation network's own soft predictions say which of the K channels a feature belongs to. Fooling
-it pulls target features towards source features of their own class instead of towards the source domain as a whole.
+A discriminator tells source features from target features. It has K channels per domain, so that it also tells classes apart.
+The segmentation network's soft predictions say which of the K channels a feature belongs to. When the network fools the
+discriminator, target features move towards source features of their own class, not just towards the source domain.
 
     Eq. (3)        segmentation_loss
     Eq. (7)        hard_labels
@@ -23,36 +23,35 @@ it pulls target features towards source features of their own class instead of t
 
 Stages: source (20k) -> adversarial (40k) -> distill (20k) -> single-scale and multi-scale test.
 
-    python fada.py --toy                                     the toy city, some minutes on two cores
-    python fada.py --source gta5                             the paper's GTA5 -> Cityscapes; again to resume
+    python fada.py --toy                                     the toy city, a few minutes on two cores
+    python fada.py --source gta5                             the paper's GTA5 -> Cityscapes; the same line resumes
     torchrun --nproc_per_node=4 fada.py --source gta5 --batch-size 2      on four GPUs, the paper's eight images
     python fada.py --source cityscapes --target crosscity --city Rome
     python fada.py --source synthia --labels hard --no-distill --from runs/fada-synthia/source.pt --tag hard      Table 5
-    python fada.py --source gta5 --eval                      only evaluate what the run has reached
+    python fada.py --source gta5 --eval                      only evaluate the latest stage of the run
 
 Departures:
- 1. Eqs. (3), (5), (6): sums are means, over the labelled pixels in (3), over all feature samples in (5) and (6), and each
-    domain's half of (5) weighs 0.5; a sum's scale would change with image and batch size.
- 2. Eqs. (5), (6): D's two uses of a target batch share one forward pass. D changes only after both.
- 3. Sec. 3.3: "clipping" sets soft labels above the threshold to the threshold; they are not made to sum to one again.
- 4. Sec. 4.3 names self-distillation: here a student that starts from the initial weights learns the argmax of the adapted
-    model on every target pixel, for `distill_iterations`, at the source stage's rates.
- 5. Sec. 4.3 names multi-scale testing: here the mean of the softmax over `test_scales`, each also flipped.
+ 1. Eqs. (3), (5), (6): sums are means, over the labelled pixels in (3), over all feature samples in (5) and (6). Each domain's
+    half of (5) weighs 0.5. The scale of a sum would change with image and batch size.
+ 2. Eqs. (5), (6): both losses use one forward pass of D on the target batch. D changes only after both.
+ 3. Sec. 3.3: "clipping" sets soft labels above the threshold to the threshold. They are not normalised again.
+ 4. Sec. 4.3 only names self-distillation. Here a student starts from the initial weights and learns the adapted model's argmax
+    on every target pixel, for `distill_iterations`, at the source stage's rates.
+ 5. Sec. 4.3 only names multi-scale testing. Here it is the mean of the softmax over `test_scales`, each also flipped.
  6. Sec. 4.3 gives no image sizes (SIZES), strength of jitter, rate of the classifier (ten times higher, common/deeplab.py)
-    and batch norm (`--freeze-bn`, `--distill-freeze-bn`): the usual ones of the field.
- 7. Sec. 4.3: `batch_size` is eight in every stage; the paper says eight, four per domain, for what has both domains.
- 8. Sec. 4.3: each stage has its own optimizer, and the poly rate's horizon is the stage's own iterations.
- 9. Sec. 4.5: Eq. (9) runs over the labelled pixels of `ccd_images` images per domain on the feature grid, per domain and
-    for both together; the paper does not say whether S_i holds both.
+    and batch norm (`--freeze-bn`, `--distill-freeze-bn`). Here they have the usual values of the field.
+ 7. Sec. 4.3: `batch_size` is eight in every stage. The paper gives eight, four per domain, for training on both domains.
+ 8. Sec. 4.3: each stage has its own optimizer, and the horizon of its poly rate is its own iterations.
+ 9. Sec. 4.5: Eq. (9) uses the labelled pixels of `ccd_images` images per domain on the feature grid. It is reported per domain
+    and for both together: the paper does not say whether S_i holds both.
 
-The published code's self-distillation (Table 4's 49.2 and 50.1) is followed: pseudo labels at `distill_size` from inputs at
-`target_size`, images resized by `distill_scale`, flip, jitter, batch norm trained for GTA5 and frozen for SYNTHIA, test at
-`distill_size` (its users lose two points at 1024x512). The stages before it (46.9) are tested at `target_size`. Not followed:
- a. L_seg on logits / T: then T hardly softens Eq. (8), and clipping acts on every confident pixel.
- b. D's outputs and the soft labels upsampled to the image; here Eqs. (5) and (6) run over the feature samples, as printed.
- c. Source images sampled by class rarity; no flip before distillation, jitter only on the adversarial stage's source images.
+Self-distillation follows the published code (docs/agreement.md). The rest of that code differs from the paper as follows, and
+this is not followed:
+ a. L_seg uses logits / T. Then T hardly softens Eq. (8), and clipping acts on every confident pixel.
+ b. D's outputs and the soft labels are upsampled to the image. Here Eqs. (5) and (6) use the feature samples, as printed.
+ c. Source images are sampled by class rarity. No flip before distillation, jitter only on source images of stage 2.
  d. Weight decay 5e-4, rate 5e-4 in the source and distillation stages, poly horizons longer than the runs.
- e. VGG-16 starts from Caffe's weights, whose input is BGR in 0..255 minus the mean; here from torchvision's.
+ e. VGG-16 starts from Caffe's weights, whose input is BGR in 0..255 minus the mean. Here it starts from torchvision's.
 """
 
 from __future__ import annotations
@@ -81,11 +80,11 @@ class Config:
 
     backbone: str = option("resnet101", "encoder of DeepLab v2", paper="resnet101", section="Sec. 4.3",
                            choices=("resnet101", "resnet50", "resnet18", "vgg16"))
-    labels: str = option("soft", "class knowledge a: Eq. (8), Eq. (7), or a single class (the baseline)", paper="soft",
+    labels: str = option("soft", "class knowledge a: Eq. (8), Eq. (7), or one class (the baseline)", paper="soft",
                          section="Sec. 4.6", choices=("soft", "hard", "binary"))
     T: float = option(1.8, "temperature of the soft labels, Eq. (8)", paper=1.8, section="Sec. 4.3", low=1e-3)
-    clip: float = option(0.9, "soft labels above it become it", paper=0.9, section="Sec. 4.6", low=0.0, high=1.0)
-    hard_threshold: float = option(0.9, "hard labels below it are dropped", paper=0.9, section="Sec. 4.6", low=0.0, high=1.0)
+    clip: float = option(0.9, "soft labels above this are set to it", paper=0.9, section="Sec. 4.6", low=0.0, high=1.0)
+    hard_threshold: float = option(0.9, "lowest confidence of a hard label", paper=0.9, section="Sec. 4.6", low=0.0, high=1.0)
     lambda_adv: float = option(0.001, "weight of L_adv, Eq. (2)", paper=0.001, section="Sec. 4.3", low=0.0)
     lr: float = option(2.5e-4, "SGD's initial rate", paper=2.5e-4, section="Sec. 4.3", low=0.0)
     momentum: float = option(0.9, "SGD's momentum", paper=0.9, section="Sec. 4.3", low=0.0, high=1.0)
@@ -93,21 +92,21 @@ class Config:
     lr_discriminator: float = option(1e-4, "Adam's initial rate for D", paper=1e-4, section="Sec. 4.3", low=0.0)
     beta1: float = option(0.9, "Adam's beta_1 for D", paper=0.9, section="Sec. 4.3", low=0.0, high=0.99999)
     beta2: float = option(0.99, "Adam's beta_2 for D", paper=0.99, section="Sec. 4.3", low=0.0, high=0.99999)
-    source_iterations: int = option(20_000, "iterations on the source alone", paper=20_000, section="Sec. 4.3", low=1)
+    source_iterations: int = option(20_000, "iterations of the source stage", paper=20_000, section="Sec. 4.3", low=1)
     adversarial_iterations: int = option(40_000, "adversarial iterations", paper=40_000, section="Sec. 4.3", low=1)
     distill: bool = option(True, "self-distillation after the adversarial stage", paper=True, section="Sec. 4.3")
     distill_iterations: int = option(20_000, "iterations of self-distillation", low=1)
-    distill_size: Size | None = option(None, "size of self-distillation's pseudo labels, training images and test; "
+    distill_size: Size | None = option(None, "size of pseudo labels, training and test images in self-distillation; "
                                        "automatic: twice target_size, so 2048x1024")
     distill_scale: tuple[float, float] = option((0.5, 1.5), "range of the random resize in self-distillation", low=0.1)
     distill_crop: Size | None = option(None, "random crop in self-distillation; automatic: target_size, so 1024x512")
-    distill_freeze_bn: str = option("auto", "frozen batch norm in self-distillation; auto: none, but as --freeze-bn for "
-                                    "SYNTHIA or where that is given", choices=("auto", "all", "encoder", "affine", "none"))
+    distill_freeze_bn: str = option("auto", "batch norm frozen in self-distillation; auto: none, but the value of "
+                                    "--freeze-bn for SYNTHIA or if given", choices=("auto", "all", "encoder", "affine", "none"))
     batch_size: int = option(8, "images per batch, of both domains together", paper=8, section="Sec. 4.3", low=2)
-    jitter: float = option(0.5, "colour jitter: brightness, contrast, saturation by this, hue by 0.4 of it", low=0.0, high=1.0)
+    jitter: float = option(0.5, "colour jitter of brightness, contrast, saturation; hue: 0.4 times this", low=0.0, high=1.0)
     test_scales: tuple[float, ...] = option((0.7, 1.0, 1.3), "scales of the multi-scale test, each also flipped", low=0.1)
     ccd: bool = option(False, "also report Eq. (9); needs labels of the target's training images", defines_run=False)
-    ccd_images: int = option(2000, "images per domain for it", paper=2000, section="Sec. 4.5", low=1, defines_run=False)
+    ccd_images: int = option(2000, "images per domain for Eq. (9)", paper=2000, section="Sec. 4.5", low=1, defines_run=False)
 
 
 TOY = dict(data="data/toycity", init="none", backbone="resnet18", source_size=Size(128, 64), target_size=Size(128, 64),
@@ -218,7 +217,7 @@ class FineGrainedDiscriminator(nn.Module):
 
 
 def class_moments(feat: Tensor, label: Tensor, num_classes: int) -> tuple[Tensor, Tensor, Tensor]:
-    """What Eq. (9) needs to know of a set of features; moments of two sets add up to the moments of both.
+    """The sums that Eq. (9) needs of a set of features. The sums of two sets add up to the sums of both together.
 
     Args: feat (M, D); label (M,) int64, 255 ignored.
     Returns: count (K,), sum (K, D) and sum of squared norms (K,), all float64.
@@ -240,7 +239,7 @@ def class_center_distance_from_moments(count: Tensor, total: Tensor, square: Ten
 
 
 def class_center_distance(feat: Tensor, label: Tensor) -> Tensor:
-    """How tight each class is, against its distance to the others; lower is better aligned.
+    """The spread of each class relative to its distance from the other classes; lower is better aligned.
 
     Eq. (9):  CCD(i) = 1/(K-1) sum_{j != i} [1/|S_i| sum_{x in S_i} ||x - mu_i||^2] / ||mu_i - mu_j||^2
 
@@ -258,7 +257,7 @@ def sgd(model: nn.Module, cfg: Config) -> torch.optim.SGD:
 
 
 def train(run: Run, cfg: Config, stage: str, iterations: int, model: nn.Module, images: SegmentationDataset) -> None:
-    """Stages 1 and 3, the task loss alone, Eq. (3): on the source, and on the target with the adapted model's labels."""
+    """Stages 1 and 3, Eq. (3) alone: stage 1 on the source, stage 3 on the target with the adapted model's labels."""
     optimizer = sgd(model, cfg)
     state = {"model": model, "optimizer": optimizer}
     model = parallel(model)
@@ -273,7 +272,7 @@ def train(run: Run, cfg: Config, stage: str, iterations: int, model: nn.Module, 
 
 
 def adversarial(run: Run, cfg: Config, model: nn.Module, source: SegmentationDataset, target: SegmentationDataset) -> None:
-    """Stage 2: min over F, C of L_seg + lambda_adv L_adv (Eqs. 2, 3, 6), in turn with min over D of L_D (Eq. 5)."""
+    """Stage 2: per iteration one step of F and C on L_seg + lambda_adv L_adv (Eqs. 2, 3, 6), one of D on L_D (Eq. 5)."""
     knowledge = {"soft": lambda logits: soft_labels(logits, cfg.T, cfg.clip),
                  "hard": lambda logits: hard_labels(logits, cfg.hard_threshold),
                  "binary": binary_labels}[cfg.labels]
@@ -305,7 +304,7 @@ def adversarial(run: Run, cfg: Config, model: nn.Module, source: SegmentationDat
 
 @torch.no_grad()
 def write_pseudo_labels(run: Run, model: nn.Module, target: SegmentationDataset, folder: Path, size: Size) -> dict:
-    """The adapted model's argmax on every pixel of every target image, without a threshold, as PNGs of this size."""
+    """Write the adapted model's argmax on every pixel of every target image, without a threshold, as PNGs of this size."""
     model.eval()
     for x, _, (name,) in run.sweep("pseudo labels", target):
         with run.autocast():
@@ -315,7 +314,7 @@ def write_pseudo_labels(run: Run, model: nn.Module, target: SegmentationDataset,
 
 
 def student(run: Run, cfg: Config) -> nn.Module:
-    """Self-distillation's network with its initial weights, its batch norm as --distill-freeze-bn says."""
+    """The network of self-distillation: initial weights, batch norm as --distill-freeze-bn says."""
     model = run.network("v2", fresh=True)
     as_before = run.options.source == "synthia" or run.options.freeze_bn != "auto"
     model.freeze_bn({"auto": model.frozen_bn if as_before else "none"}.get(cfg.distill_freeze_bn, cfg.distill_freeze_bn))
@@ -323,7 +322,7 @@ def student(run: Run, cfg: Config) -> nn.Module:
 
 
 def check(cfg: Config, options: Options, size: Size, crop: Size) -> None:
-    """Check the method's settings before anything is loaded; size and crop: of self-distillation."""
+    """Check the method's settings before anything is loaded. size, crop: those of self-distillation."""
     largest = Size(round(cfg.distill_scale[1] * size.width), round(cfg.distill_scale[1] * size.height))
     if crop.width > largest.width or crop.height > largest.height:
         raise UserError(f"--distill-crop {crop} is larger than the images of self-distillation, at most {largest}; "
@@ -331,7 +330,7 @@ def check(cfg: Config, options: Options, size: Size, crop: Size) -> None:
     if cfg.batch_size % 2:
         raise UserError(f"--batch-size {cfg.batch_size} is odd, and half of a batch comes from each domain; use an even number")
     if cfg.ccd and options.target in ("crosscity", options.source):
-        raise UserError("--ccd compares two labelled data sets, and Cross-City's training images have no labels")
+        raise UserError("--ccd needs two labelled data sets, and Cross-City's training images have no labels: omit --ccd")
 
 
 @command
@@ -374,20 +373,20 @@ def main(argv: list[str] | None = None) -> None:
 
 @torch.no_grad()
 def report_class_center_distance(run: Run, cfg: Config, model: nn.Module, analysed: list[SegmentationDataset]) -> None:
-    """Print Eq. (9) per class, for each domain and for both together, from sums that do not grow with the data."""
+    """Print Eq. (9) per class, for each domain and for both together. Memory does not grow with the data."""
     moments, device = {}, run.float64_device
     model.eval()
     for images in analysed:
         run.seed("ccd", images.dataset)
         chosen = torch.randperm(len(images))[: cfg.ccd_images].sort().values.tolist()
-        nothing = torch.zeros(0, model.feat_channels, device=device)
-        sums = class_moments(nothing, nothing[:, 0].long(), model.num_classes)
+        empty = torch.zeros(0, model.feat_channels, device=device)
+        sums = class_moments(empty, empty[:, 0].long(), model.num_classes)
         for x, label, _ in run.sweep(f"class center distance, {images.dataset}", torch.utils.data.Subset(images, chosen)):
             with run.autocast():
                 feat, _ = model(x)                                                # (1, D, h, w)
             label = resize_label(label, feat.shape[-2:]).flatten().to(device)     # (h w,)
-            new = class_moments(feat[0].flatten(1).T.to(device), label, model.num_classes)
-            sums = [a + b for a, b in zip(sums, new, strict=True)]
+            image_sums = class_moments(feat[0].flatten(1).T.to(device), label, model.num_classes)
+            sums = [a + b for a, b in zip(sums, image_sums, strict=True)]
         sum_over_processes(*sums)
         moments[images.dataset] = sums
     moments["both"] = [sum(parts) for parts in zip(*moments.values(), strict=True)]

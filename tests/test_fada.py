@@ -179,16 +179,16 @@ def test_soft_labels_is_eq_8_clipped(T, clip):
     expected = np.array([eq8(v, T, clip) for v in samples(z)])
     np.testing.assert_allclose(np.array(list(samples(fada.soft_labels(z, T, clip)))), expected, rtol=1e-12)
     if (T, clip) == (1.8, 0.9):
-        assert torch.equal(fada.soft_labels(z), fada.soft_labels(z, T, clip))   # Sec. 4.3 and Table 6
+        assert torch.equal(fada.soft_labels(z), fada.soft_labels(z, T, clip))   # defaults: Sec. 4.3, Table 6
 
 
 def test_soft_labels_clip_without_renormalising():
     z = random(2, 4, 3, 5, scale=4)
-    clipped, whole = fada.soft_labels(z, 1.8, 0.7), fada.soft_labels(z, 1.8, 1.0)
-    over = (whole > 0.7).any(dim=1)
+    clipped, unclipped = fada.soft_labels(z, 1.8, 0.7), fada.soft_labels(z, 1.8, 1.0)
+    over = (unclipped > 0.7).any(dim=1)
     assert over.any() and not over.all()
     assert (clipped.amax(dim=1)[over] == 0.7).all() and (clipped.sum(dim=1)[over] < 1).all()
-    torch.testing.assert_close(whole.sum(dim=1), torch.ones(2, 3, 5, dtype=torch.float64))
+    torch.testing.assert_close(unclipped.sum(dim=1), torch.ones(2, 3, 5, dtype=torch.float64))
 
 
 @pytest.mark.parametrize("knowledge", [fada.hard_labels, fada.soft_labels, fada.binary_labels])
@@ -297,7 +297,7 @@ class TinyD(nn.Sequential):
 
 
 class StubRun:
-    """What a stage asks of a run; keeps the first weights of D and each iteration's gradients."""
+    """What a stage uses of a run. Stores the first weights of D and the gradients of each iteration."""
 
     def __init__(self, model, batches):
         self.model, self.batches, self.gradients, self.losses = model, batches, [], []
@@ -330,7 +330,7 @@ def gradients(module):
 
 @pytest.mark.parametrize("kind", ["soft", "hard", "binary"])
 def test_adversarial_stage_equals_the_published_two_passes(kind, monkeypatch):
-    """G by L_seg and by D's opinion with D's gradients thrown away; then D on detached features, in its own passes."""
+    """The reference trains G on L_seg and L_adv and drops D's gradients; then D in separate passes on detached features."""
     monkeypatch.setattr(fada, "FineGrainedDiscriminator", TinyD)
     torch.manual_seed(0)
     model = TinyNet().double()
@@ -398,19 +398,19 @@ def test_only_the_intended_weights_are_reached():
     torch.manual_seed(0)
     model, x = TinyNet().double(), random(1, 3, 7, 7)
     cfg = fada.Config(lambda_adv=1.0)
-    nothing = torch.full((1, 7, 7), IGNORE)                                     # L_seg = 0: what is left is L_adv
+    nothing = torch.full((1, 7, 7), IGNORE)                                     # L_seg = 0, so only L_adv is left
     run = StubRun(model, [((x, nothing), (x + 1, nothing))])
     fada.adversarial(run, cfg, model, None, None)
     weight, frozen, *classifier = run.gradients[0][:4]
     assert weight.any() and frozen is None                                      # L_adv trains F,
-    assert all(g is None or not g.any() for g in classifier)                    # and a, that C made, is no way into C
+    assert all(g is None or not g.any() for g in classifier)                    # and through a no gradient reaches C
 
 
 # -------------------------------------------------------------------------------------- golden numbers
 
 
 def test_golden_numbers():
-    """Values that the loops above gave once, so that a change of reading shows even where loop and code change together."""
+    """Values computed once by the loops above. They show a change of reading even if loop and code change together."""
     rng = np.random.default_rng(2007)
     z, d_s, d_t = (torch.from_numpy(rng.normal(size=shape).round(3)) for shape in ((1, 3, 2, 2), (1, 6, 2, 2), (1, 6, 1, 2)))
     z, feat = 2 * z, torch.from_numpy(rng.normal(size=(6, 2)).round(3))
@@ -436,7 +436,7 @@ def test_golden_numbers():
 
 
 def ccd_case(offset=0.0):
-    """Classes 2, 5, 18 of different sizes and centres, out of order, some features ignored."""
+    """Classes 2, 5, 18 of different sizes and centres, out of order; some features are ignored."""
     torch.manual_seed(0)
     label = torch.tensor([18, 2, 5, IGNORE, 2, 18, 2, 5, 2, IGNORE, 5, 2])
     return random(12, 3) + label[:, None] / 7.0 + offset, label
@@ -447,7 +447,7 @@ def test_class_center_distance_is_eq_9():
     got = fada.class_center_distance(feat, label)
     assert got.dtype == torch.float64
     np.testing.assert_allclose(got.numpy(), eq9(feat, label), rtol=1e-10)
-    feat[label == IGNORE] = math.inf                                            # ignored features are not looked at
+    feat[label == IGNORE] = math.inf                                            # ignored features are not read
     np.testing.assert_allclose(fada.class_center_distance(feat, label).numpy(), got, rtol=1e-12)
 
 
@@ -508,7 +508,7 @@ def test_report_pairs_each_feature_with_its_own_label(capsys):
         feat_channels, num_classes = 4, 3
 
         def forward(self, x):
-            return x[:, :, 1::3, 1::3], None                                    # of three pixels the middle one
+            return x[:, :, 1::3, 1::3], None                                    # the middle one of three pixels
 
     domains = {d: [(random(1, 4, 6, 9, seed=s), labels(1, 6, 9, K=3, seed=s)) for s in seeds]
                for d, seeds in {"source": (1, 2, 3), "target": (4, 5)}.items()}
@@ -537,7 +537,7 @@ def test_discriminator_is_that_of_sec_4_3(K):
     x = expected = random(2, 8, 5, 3).float()
     for conv in convs:
         expected = conv(expected if conv is convs[0] else torch.where(expected > 0, expected, 0.2 * expected))
-    torch.testing.assert_close(D(x), expected)                                  # nothing else, nothing after the last
+    torch.testing.assert_close(D(x), expected)                                  # no other layer, none after the last
     assert D(x).shape == (2, 2 * K, 5, 3)
 
 
@@ -553,7 +553,7 @@ def test_defaults_are_the_papers():
     assert all(re.fullmatch(r"Sec\. [34]\.\d", f.metadata["section"]) for f in fields.values())
 
 
-def test_what_the_paper_does_not_give_says_so(capsys):
+def test_help_marks_what_the_paper_does_not_give(capsys):
     with pytest.raises(SystemExit) as stop:
         fada.main(["--help-all"])
     assert stop.value.code == 0
@@ -567,7 +567,7 @@ def test_what_the_paper_does_not_give_says_so(capsys):
             assert "(Sec." in shown
 
 
-# ------------------------------------------------------------------------------------ what a stage is handed
+# ------------------------------------------------------------------------------------ what a stage receives
 
 
 STAGES = ("source", "adversarial", "write_pseudo_labels", "distill")
@@ -590,7 +590,7 @@ def uneven(city, tmp_path):
 
 
 def described(value):
-    """What matters of what a stage is handed."""
+    """The parts of a stage's argument that the tests compare."""
     if isinstance(value, SegmentationDataset):
         split = {split for pair in value.pairs for split in ("train", "val") if split in pair.image.parts}
         return {"domain": value.dataset, "split": split, "images": len(value), "size": value.size, "augment": value.augment,
@@ -602,7 +602,7 @@ def described(value):
 
 
 class Wiring:
-    """Runs fada.main with its stages, optimizers, data sets and networks watched; `log` holds what they were handed."""
+    """Runs fada.main and records in `log` the arguments of its stages, optimizers, data sets and networks."""
 
     def __init__(self, monkeypatch):
         self.log, self.patch = [], monkeypatch
@@ -628,21 +628,21 @@ class Wiring:
         self.patch.setattr(owner, name, watched)
 
     def run(self, *argv):
-        """Returns: stage -> (handed, the same at its end, views of the evaluation after it); None for what preceded."""
+        """Returns: stage -> (arguments, the same at its end, views of the evaluation after it); None: before any stage."""
         self.log.clear()
         fada.main([*SMALL.split(), *argv])
-        stages, handed = {None: [None, None, []]}, None
+        stages, current = {None: [None, None, []]}, None
         for name, what in self.log:
             if name in STAGES:
-                stages[handed := name] = [what, None, []]
+                stages[current := name] = [what, None, []]
             elif name.startswith("end of"):
-                stages[handed][1] = what
+                stages[current][1] = what
             elif name == "sgd":
                 rates = sorted({group["lr"] for group in what})
                 assert rates == pytest.approx([0.003, 0.03]) and {g["momentum"] for g in what} == {0.8}, what
                 assert {g["weight_decay"] for g in what} == {0.02}
-            elif stages[handed][1] is not None or handed is None:               # after a stage: its evaluation
-                stages[handed][2].append(what)
+            elif stages[current][1] is not None or current is None:             # after a stage: its evaluation
+                stages[current][2].append(what)
         return stages
 
 
@@ -650,10 +650,10 @@ def same(a, b):
     return all(torch.equal(a["weights"][key], b["weights"][key]) for key in a["weights"])
 
 
-def check_evaluation(looked, size, scales=(1.0,)):
-    """On the validation images, at this size; with several scales also at those and flipped."""
-    items = [x for x in looked if isinstance(x, tuple)]
-    views = [x for x in looked if isinstance(x, torch.Tensor)]
+def check_evaluation(recorded, size, scales=(1.0,)):
+    """The evaluation read the validation images at this size; with several scales, also at those and flipped."""
+    items = [x for x in recorded if isinstance(x, tuple)]
+    views = [x for x in recorded if isinstance(x, torch.Tensor)]
     data = {"domain": "cityscapes", "split": {"val"}, "images": 3, "size": size, "augment": Augment(), "labelled": True,
             "transform": None, "maps": 0}
     assert items and all(item == data and isinstance(key, int) for item, key in items)
@@ -664,20 +664,20 @@ def check_evaluation(looked, size, scales=(1.0,)):
 
 
 @pytest.mark.parametrize("source, norms", [("gta5", TRAINED), ("synthia", FROZEN)])
-def test_each_stage_is_handed_what_it_should_be(source, norms, uneven, tmp_path, monkeypatch):
+def test_what_each_stage_receives(source, norms, uneven, tmp_path, monkeypatch):
     torch.save(torchvision.models.resnet18().state_dict(), tmp_path / "pretrained.pth")
-    where = ["--data", uneven, "--runs", tmp_path, "--init", tmp_path / "pretrained.pth", "--source", source]
-    wiring, where = Wiring(monkeypatch), [*map(str, where)]
+    paths = ["--data", uneven, "--runs", tmp_path, "--init", tmp_path / "pretrained.pth", "--source", source]
+    wiring, paths = Wiring(monkeypatch), [*map(str, paths)]
     small, middle, large = fada.Size(80, 40), fada.Size(48, 24), fada.Size(112, 56)
-    moved = Augment(flip=True, jitter=0.3, crop=fada.Size(40, 20))
+    augment = Augment(flip=True, jitter=0.3, crop=fada.Size(40, 20))
     of_source = {"domain": source, "split": set(), "images": 5, "size": small,
-                 "augment": moved, "labelled": True, "transform": None, "maps": 0}
-    of_target = {"domain": "cityscapes", "split": {"train"}, "images": 8, "size": middle, "augment": moved, "labelled": False,
+                 "augment": augment, "labelled": True, "transform": None, "maps": 0}
+    of_target = {"domain": "cityscapes", "split": {"train"}, "images": 8, "size": middle, "augment": augment, "labelled": False,
                  "transform": None, "maps": 0}
     distilled = {**of_target, "size": large, "maps": 1,
                  "augment": Augment(flip=True, jitter=0.3, scale=(0.6, 1.2), crop=fada.Size(56, 28))}
 
-    stages = wiring.run(*where)
+    stages = wiring.run(*paths)
     assert tuple(stages) == (None, *STAGES)
     first, second, labelling, third = (stages[name][0] for name in STAGES)
     adapted = stages["adversarial"][1]["model"]
@@ -694,23 +694,23 @@ def test_each_stage_is_handed_what_it_should_be(source, norms, uneven, tmp_path,
     if source == "synthia":
         return
 
-    begun = str(tmp_path / "fada-gta5/source.pt")
-    stages = wiring.run(*where, "--from", begun, "--no-distill", "--tag", "from")           # Tables 5 and 6
+    checkpoint = str(tmp_path / "fada-gta5/source.pt")
+    stages = wiring.run(*paths, "--from", checkpoint, "--no-distill", "--tag", "from")           # Tables 5 and 6
     assert tuple(stages) == (None, "adversarial") and same(stages["adversarial"][0]["model"], second["model"])
     check_evaluation(stages["adversarial"][2], middle, (0.5, 1.0))
 
-    begun = str(tmp_path / "fada-gta5/adversarial.pt")
+    checkpoint = str(tmp_path / "fada-gta5/adversarial.pt")
     for flags, norms in (("--freeze-bn all", FROZEN), ("--freeze-bn all --distill-freeze-bn none", TRAINED)):
-        stages = wiring.run(*where, "--from", begun, *flags.split(), "--tag", flags.split()[-1])
+        stages = wiring.run(*paths, "--from", checkpoint, *flags.split(), "--tag", flags.split()[-1])
         assert tuple(stages) == (None, *STAGES[2:])
         assert same(stages["write_pseudo_labels"][0]["model"], adapted) and stages["distill"][0]["images"] == distilled
         student = stages["distill"][0]["model"]
         assert student["norms"] == norms and same(student, first["model"])
 
-    check_evaluation(wiring.run(*where, "--eval")[None][2], large, (0.5, 1.0))
-    check_evaluation(wiring.run(*where, "--eval", "--from", begun)[None][2], middle, (0.5, 1.0))
+    check_evaluation(wiring.run(*paths, "--eval")[None][2], large, (0.5, 1.0))
+    check_evaluation(wiring.run(*paths, "--eval", "--from", checkpoint)[None][2], middle, (0.5, 1.0))
 
-    bound = wiring.run(*where, "--target-labels", "--stage", "source", "--tag", "bound")["source"]
+    bound = wiring.run(*paths, "--target-labels", "--stage", "source", "--tag", "bound")["source"]
     assert bound[0]["images"] == {**of_target, "labelled": True} and bound[0]["iterations"] == 2 + 3
     check_evaluation(bound[2], middle)
 
@@ -722,12 +722,12 @@ def test_each_stage_is_handed_what_it_should_be(source, norms, uneven, tmp_path,
     ("--distill-crop 640x320", (1024, 512), (2048, 1024), (640, 320)),
 ])
 def test_sizes_of_self_distillation(flags, target, large, crop, city, tmp_path, monkeypatch):
-    """Those that the flags leave open; they are checked before anything is loaded."""
-    class Enough(Exception):
+    """Sizes that the flags leave open. They are checked before anything is loaded."""
+    class Stop(Exception):
         pass
 
     def network(run, kind):
-        raise Enough
+        raise Stop
 
     checked, sizes, augments = [], {}, []
     monkeypatch.setattr(fada, "check", lambda cfg, options, *given: checked.append(given))
@@ -735,7 +735,7 @@ def test_sizes_of_self_distillation(flags, target, large, crop, city, tmp_path, 
     monkeypatch.setattr(fada.Run, "images", lambda run, domain, split, size=None, **_: sizes.setdefault(
         (domain, split), []).append(size or run.sizes[domain]))
     monkeypatch.setattr(fada.Run, "network", network)
-    with pytest.raises(Enough):
+    with pytest.raises(Stop):
         fada.main(["--runs", str(tmp_path), *flags.split()])
     assert checked == [(large, crop)] and augments == [Augment(flip=True, jitter=0.5), Augment(
         flip=True, jitter=0.5, scale=(0.5, 1.5), crop=fada.Size(*crop))]

@@ -2,9 +2,9 @@
 
 Zhang, Zhang, Liu, Tao. NeurIPS 2019. arXiv:1910.13049
 
-The mean source feature of each category is an anchor. Target pixels that lie clearly nearest to one anchor are active: they
-get its category as pseudo label and are drawn towards it. Anchors and labels are computed at the start of each of K stages
-from the model of the stage before, and stay fixed during the stage. Stages: source -> warmup -> stage1 .. stageK.
+The mean source feature of each category is its anchor. A target pixel is active if it is clearly nearest to one anchor: it gets
+that anchor's category as pseudo label and is pulled towards the anchor. Each of K stages computes anchors and labels once, from
+the model of the stage before, and keeps them fixed. Stages: source -> warmup -> stage1 .. stageK.
 
     Eqs. (2), (9), (11)  cross_entropy_loss             L_CE^s at image size, L_CE^t and L_CE^tP on the feature grid
     Eq. (4)              class_sums                     numerator and |Lambda_c| of a batch; source_anchors adds them up
@@ -19,42 +19,40 @@ from the model of the stage before, and stay fixed during the stage. Stages: sou
     f_c^s       anchors, (C, D)                              d         Euclidean distance      superscript P   by probability
     a           active states; here: label is not 255        Delta_d   `--margin`              P_0   `--threshold` of Eq. (11)
 
-    python cag.py --toy                                      the toy city, some minutes on two cores
-    python cag.py --source gta5                              the paper's GTA5 -> Cityscapes; again to resume
+    python cag.py --toy                                      the toy city, a few minutes on two cores
+    python cag.py --source gta5                              the paper's GTA5 -> Cityscapes; the same line resumes
     torchrun --nproc_per_node=4 cag.py --source gta5         on four GPUs, four times the batch
     python cag.py --source gta5 --from runs/cag-gta5/warmup.pt --K 1 --terms ce_tP --tag ce-tP          a row of Table 4
     python cag.py --source gta5 --from runs/cag-gta5/source.pt --no-warmup --K 1 --tag cold             Sec. 4.3
-    python cag.py --source gta5 --eval                       only evaluate what the run has reached
+    python cag.py --source gta5 --eval                       only evaluate the latest stage of the run
 
 Departures:
- 1. Sec. 3.2 says DeepLab v2; the authors confirm v3+ with ResNet-101, as in their code. f_D is the decoder's feature, 256
-    channels at stride 4, that enters the last 1x1 convolution.
- 2. Eqs. (2), (8)-(11): sums over pixels are means over the labelled ones, in Eq. (2) of the image, else of the feature grid.
- 3. Eqs. (8), (10): the square is also a mean over f_D's channels, so that lambda1 = 0.3 trains at the paper's rate;
-    `--lambda1 76.8` (0.3 x 256) is the printed sum over channels.
+ 1. Sec. 3.2 says DeepLab v2; the authors confirm v3+ with ResNet-101, as in their code. f_D is the decoder's feature before the
+    last 1x1 convolution, with 256 channels at stride 4.
+ 2. Eqs. (2), (8)-(11): sums over pixels are means over the labelled pixels, in Eq. (2) of the image, else of the feature grid.
+ 3. Eqs. (8), (10): the square is averaged over f_D's channels too, so that lambda1 = 0.3 trains at the paper's rate.
+    `--lambda1 76.8` (0.3 x 256) gives the printed sum over channels.
  4. Sec. 3.2: anchors, active states and labels come from whole images at `source_size` and `target_size`, on the feature
-    grid; ground truth comes to the grid, and labels to the image, by the nearest pixel.
- 5. Sec. 3.4: the adversarial loss is [14]'s towards the source only: binary cross entropy on D(f_D), each domain's half of D's
+    grid. Ground truth moves to the grid, and pseudo labels move to the image, by the nearest pixel.
+ 5. Sec. 3.4: [14]'s adversarial loss, towards the source only, is binary cross entropy on D(f_D); each domain's half of D's
     loss weighs 0.5. [14]'s category-specific part is not used: the paper says "global feature alignment".
- 6. Sec. 4.1 gives D's layers and the weight 0.01 only; D is trained by Adam (`lr_discriminator`, `beta1`, `beta2`).
- 7. Sec. 4.1: an epoch is one pass over the target's training images; the paper does not say over which set. It gives no
-    length of the source stage: 59,500 iterations, 20 x 2,975.
+ 6. Sec. 4.1 gives only D's layers and the weight 0.01. Adam trains D (`lr_discriminator`, `beta1`, `beta2`).
+ 7. Sec. 4.1: an epoch is one pass over the target's training images, as the paper names no set. It gives no length of the
+    source stage; here that is 59,500 iterations, 20 x 2,975.
  8. Sec. 4.1 gives SGD for the stages only; source stage and warm-up use it too. Each stage has its own optimizer, and its
-    iterations as the rate's horizon. `encoder_rate` below 1 helps short runs from a pretrained encoder.
- 9. Sec. 4.1 freezes all batch norms. The source stage freezes those of a pretrained encoder only, as the others start at
-    random. Batch 1 is one image of each domain. No dropout.
-10. Eq. (11)'s active states are not printed: the class with the highest probability, where it is greater than P_0.
-11. Eq. (4): a class without a source pixel has no anchor (NaN, 0/0); it is never nearest, and Eqs. (8), (10) skip its pixels.
-12. Table 4 prints the superscript P as LP, and not everywhere: the row "L_dis^LP + L_dis^LP" is read as L_dis^tP, "L_dis^s +
-    L_dis^LP" as L_dis^s + L_dis^t, "L_CE^s + L_CE^LP" as L_CE^t + L_CE^tP.
-The authors' code differs from their paper, which we do not follow:
-13. Eq. (4): anchors of correctly predicted pixels only, as a running mean of per-image means whose count stops at 3,000.
-14. Eqs. (8), (10): smooth L1 between anchors and per-image class means of the pixels predicted as their label, without classes
-    under 10 pixels, divided by 10 while above 5, times 10; its gradient is scaled by twice the class's share of the image.
-15. Eq. (12): weights 0.7 for the distances, 0.5 for each cross entropy of the target.
-16. Sec. 3.4: pseudo labels are made on each crop in training, by a fixed copy of the warmed-up model.
-17. Sec. 4.1: rate 1e-4, weight decay 2e-4, batch 4, crop 896x512, flips, batch norm trained, dropout before f_D, input RGB/255
-    without normalisation; the best checkpoint on the validation set is kept.
+    iterations are the horizon of the rate. `encoder_rate` is an addition, 1 by default.
+ 9. Sec. 4.1 freezes all batch norms. The source stage freezes only those of a pretrained encoder, because the others start
+    at random. Batch 1 is one image per domain. There is no dropout.
+10. Eq. (11) does not define its active states. Here a pixel is active if its highest probability is greater than P_0.
+11. Eq. (4): a class without source pixels has no anchor (NaN, 0/0). It is never nearest, and Eqs. (8), (10) skip its pixels.
+12. Table 4 prints the superscript P as LP, and not in all rows; docs/agreement.md says how its rows are read.
+The authors' code differs from their paper as follows, and this is not followed:
+13. Eq. (4): anchors use correctly predicted pixels only, as a running mean of per-image means whose count stops at 3,000.
+14. Eqs. (8), (10): smooth L1 between anchors and class means per image, with scales and limits (docs/agreement.md).
+15. Eq. (12): weights are 0.7 for the distances and 0.5 for each cross entropy of the target.
+16. Sec. 3.4: a fixed copy of the warmed-up model makes the pseudo labels of each crop during training.
+17. Sec. 4.1: rate 1e-4, weight decay 2e-4, batch 4, crop 896x512, flips, trained batch norm, dropout before f_D, input RGB/255
+    without normalisation; the checkpoint that is best on the validation set is used.
 Misprints without effect: SYNTHIA's images are 1280x760, Cityscapes has 2,975 training images.
 """
 
@@ -78,7 +76,7 @@ from common.run import Options, Run
 from common.viz import colorize, denormalise
 
 TERMS = ("ce_t", "ce_tP", "dis_s", "dis_t", "dis_tP")
-KINDS = ("anchor_labels", "probability_labels")        # of pseudo labels: their folders' names
+KINDS = ("anchor_labels", "probability_labels")        # of pseudo labels, and the names of their folders
 LOG_BINS = 1280                                        # of the histogram of d' - d*: 32 per octave, 2^-20 to 2^20
 
 
@@ -88,18 +86,18 @@ class Config:
 
     backbone: str = option("resnet101", "encoder of DeepLab v3+", paper="resnet101", section="Sec. 3.2",
                            choices=("resnet101", "resnet50", "resnet18"))
-    adapt_freeze_bn: str = option("all", "batch norm kept fixed in warm-up and stages", paper="all", section="Sec. 4.1",
+    adapt_freeze_bn: str = option("all", "batch norm frozen in warm-up and stages", paper="all", section="Sec. 4.1",
                                   choices=("all", "encoder", "none"))
     warmup: bool = option(True, "warm up before stage 1", paper=True, section="Sec. 3.4")
     K: int = option(3, "stages after the warm-up", paper=3, section="Table 4", low=1)
-    margin: float = option(2.5, "Delta_d: about half the distance of nearest anchors", paper=2.5, section="Sec. 4.1", low=0.0)
+    margin: float = option(2.5, "Delta_d: about half the gap of nearest anchors", paper=2.5, section="Sec. 4.1", low=0.0)
     threshold: float = option(0.95, "P_0, a probability, of Eq. (11)", paper=0.95, section="Sec. 4.1", low=0.0, high=1.0)
-    lambda1: float = option(0.3, "distances' weight in Eq. (12); 76.8: the printed sum", paper=0.3, section="Sec. 4.1", low=0.0)
+    lambda1: float = option(0.3, "weight of distances, Eq. (12); 76.8: the printed sum", paper=0.3, section="Sec. 4.1", low=0.0)
     lambda2: float = option(0.7, "weight of the target's cross entropies, Eq. (12)", paper=0.7, section="Sec. 4.1", low=0.0)
     lambda_adv: float = option(0.01, "weight of the warm-up's adversarial loss", paper=0.01, section="Sec. 4.1", low=0.0)
     terms: tuple[str, ...] = option(("ce_t", "ce_tP", "dis_s", "dis_t"), "terms of Eq. (12) besides L_CE^s; dis_tP: Table 4",
                                     paper=("ce_t", "ce_tP", "dis_s", "dis_t"), section="Eq. (12)", choices=TERMS)
-    offline_anchors: str | None = option(None, "file with a (C, 256) tensor, or the authors' anchors: of stage 1")
+    offline_anchors: str | None = option(None, "anchors of stage 1: file with a (C, 256) tensor, or the authors'")
     lr: float = option(2.5e-4, "SGD's initial rate", paper=2.5e-4, section="Sec. 4.1", low=0.0)
     encoder_rate: float = option(1.0, "the encoder's rate as a multiple of --lr", low=0.0)
     momentum: float = option(0.9, "SGD's momentum", paper=0.9, section="Sec. 4.1", low=0.0, high=1.0)
@@ -107,9 +105,9 @@ class Config:
     lr_discriminator: float = option(1e-4, "Adam's initial rate for D", low=0.0)
     beta1: float = option(0.9, "Adam's beta_1 for D", low=0.0, high=0.99999)
     beta2: float = option(0.99, "Adam's beta_2 for D", low=0.0, high=0.99999)
-    source_iterations: int = option(59_500, "length of the source stage; 20 x 2,975", low=1)
+    source_iterations: int = option(59_500, "iterations of the source stage; 20 x 2,975", low=1)
     warmup_epochs: float = option(20.0, "warm-up's length, in passes over the target", paper=20.0, section="Sec. 4.1", low=1e-3)
-    stage_epochs: float = option(20.0, "a stage's length, in passes over the target", paper=20.0, section="Sec. 4.1", low=1e-3)
+    stage_epochs: float = option(20.0, "length of a stage, in passes over the target", paper=20.0, section="Sec. 4.1", low=1e-3)
     batch_size: int = option(1, "images per batch and domain", paper=1, section="Sec. 4.1", low=1)
     scale: tuple[float, ...] = option((1.0, 1.5), "range of the random resize", paper=(1.0, 1.5), section="Sec. 4.1", low=0.1)
     crop: Size = option(Size(1280, 640), "random crop in training", paper=Size(1280, 640), section="Sec. 4.1")
@@ -147,7 +145,7 @@ def class_sums(feat: Tensor, label: Tensor, num_classes: int) -> tuple[Tensor, T
 
 
 def anchor_distances(feat: Tensor, anchors: Tensor) -> Tensor:
-    """Eq. (5):  d_ijc = || f_c^s - f_D(Enc(x_i))|_j ||_2,  here the root of |f|^2 - 2 f . f_c + |f_c|^2. Not under autocast.
+    """Eq. (5):  d_ijc = || f_c^s - f_D(Enc(x_i))|_j ||_2,  here the root of |f|^2 - 2 f . f_c + |f_c|^2; not under autocast.
 
     Args: feat (N, D, h, w); anchors (C, D), a row of NaN is a class without anchor.
     Returns: (N, C, h, w) >= 0, at least float32, d^2 exact to a few 1e-7 of |f|^2 + |f_c|^2; inf for a class without anchor."""
@@ -162,7 +160,7 @@ def nearest_anchor(distances: Tensor) -> tuple[Tensor, Tensor]:
     """Sec. 3.2:  d_c sorted in ascending order; the shortest, d_c*, is compared with the second shortest, d_c'.
 
     Args: distances (N, C, h, w), >= 0 or inf.
-    Returns: c* (N, h, w) int64, any on ties, and d' - d* (N, h, w): inf if only one class has an anchor, NaN if none."""
+    Returns: c* (N, h, w) int64, any on ties; and d' - d* (N, h, w): inf if only one class has an anchor, NaN if none."""
     shortest, nearest = distances.min(dim=1, keepdim=True)                                   # (N, 1, h, w) each
     second = distances.scatter(1, nearest, torch.inf).amin(dim=1)                            # (N, h, w), among the others
     return nearest[:, 0], second - shortest[:, 0]
@@ -171,7 +169,7 @@ def nearest_anchor(distances: Tensor) -> tuple[Tensor, Tensor]:
 def anchor_pseudo_labels(distances: Tensor, margin: float = 2.5) -> Tensor:
     """Eq. (6):  a = 1 if d_c' - d_c* > Delta_d, else 0;  Eq. (7):  y^_c* = 1 if d_c* < d_c - Delta_d for all c != c*.
 
-    Args: distances (N, C, h, w); margin Delta_d: half the distance of nearest anchors, 5 to 8 for the authors' (norms 7 to 12).
+    Args: distances (N, C, h, w); margin Delta_d: half the distance between nearest anchors (the authors': 5 to 8).
     Returns: (N, h, w) int64, the category of the nearest anchor, 255 where the pixel is not active."""
     nearest, gap = nearest_anchor(distances)
     return nearest.masked_fill(~(gap > margin), IGNORE)
@@ -180,8 +178,8 @@ def anchor_pseudo_labels(distances: Tensor, margin: float = 2.5) -> Tensor:
 def distance_loss(feat: Tensor, label: Tensor, anchors: Tensor) -> Tensor:
     """Eq. (8):  L_dis^s = sum_i sum_j sum_c y_ijc || f_c^s - f_D(Enc(x_i^s))|_j ||^2;  Eq. (10): the same on active pixels.
 
-    Args: feat (N, D, h, w); label (N, h, w) int64 on its grid, 0..C-1, 255 ignored; anchors (C, D), NaN: pixels are left out.
-    Returns: 0-d, mean over these pixels and the D channels (the paper sums); exactly 0, with gradient 0, if there are none."""
+    Args: feat (N, D, h, w); label (N, h, w) int64 on its grid, 0..C-1, 255 ignored; anchors (C, D), NaN: pixels are skipped.
+    Returns: 0-d, mean over the other pixels and the D channels (the paper sums); exactly 0, with gradient 0, without pixels."""
     row = label.clamp(max=len(anchors))                                                      # (N, h, w), C without label
     anchored = F.pad(~anchors.isnan().any(dim=1), (0, 1))[row]                               # (N, h, w)
     anchor = F.pad(anchors.nan_to_num(), (0, 0, 0, 1))[row].movedim(-1, 1)                   # (N, D, h, w)
@@ -247,7 +245,7 @@ def source_anchors(run: Run, model: nn.Module, source: SegmentationDataset) -> T
 def label_target(run: Run, cfg: Config, model: nn.Module, anchors: Tensor, target: SegmentationDataset, folder: Path) -> dict:
     """Algorithm 1, lines 5 and 6 (ATI, PLA): write both kinds of pseudo labels of every target image as PNGs of class indices.
 
-    Returns: pixels per class, active ones, images without one (row 0 by anchor, row 1 by probability); histogram of d' - d*."""
+    Returns: pixels, active pixels per class; images without active ones (row 0 by anchor, 1 by probability); d' - d* counts."""
     C, zeros = len(anchors), lambda *shape: torch.zeros(*shape, dtype=torch.int64, device=run.device)
     counts = {"pixels": zeros(2, C), "active": zeros(2, C), "inactive": zeros(2), "gaps": zeros(LOG_BINS)}
     model.eval()
@@ -270,7 +268,7 @@ def label_target(run: Run, cfg: Config, model: nn.Module, anchors: Tensor, targe
 
 def prepare_stage(run: Run, cfg: Config, k: int, model: nn.Module, source: SegmentationDataset,
                   target: SegmentationDataset) -> tuple[Tensor, SegmentationDataset, dict]:
-    """Algorithm 1, lines 4 to 6, computed once: from M_{k-1}, the anchors (C, D), the target with both labels, and a note."""
+    """Algorithm 1, lines 4 to 6, computed once from M_{k-1}. Returns: anchors (C, D), labelled target, what to log."""
     stage, file, shape = f"stage{k}", cfg.offline_anchors if k == 1 else None, (len(run.classes), model.feat_channels)
     anchors = run.once(stage, "anchors", lambda: {
         "anchors": read_anchors(file, *shape) if file else source_anchors(run, model, source)})["anchors"].to(run.device)
@@ -280,8 +278,8 @@ def prepare_stage(run: Run, cfg: Config, k: int, model: nn.Module, source: Segme
 
 
 def read_anchors(path: str | Path, num_classes: int, channels: int) -> Tensor:
-    """Read a (C, D) tensor, a run's `stageK-anchors.pt`, or the authors' array, perhaps as `objective_vectors` of a dict: in
-    it a row of zeros is a class never seen. Raises: UserError naming the file, if it is not there or holds something else."""
+    """Read a (C, D) tensor, a run's `stageK-anchors.pt`, or the authors' array (may be `objective_vectors` of a dict), where a
+    row of zeros is a class without anchor. Raises: UserError with the file's name if it is missing or holds something else."""
     from common import published  # only a file of anchors needs it
     anchors = published.load_foreign(path, "--offline-anchors")
     if isinstance(anchors, dict):
@@ -293,7 +291,7 @@ def read_anchors(path: str | Path, num_classes: int, channels: int) -> Tensor:
         shape = f"a tensor of shape {tuple(anchors.shape)}, {anchors.dtype}" if isinstance(anchors, Tensor) else type(anchors)
         raise UserError(f"{path} holds {shape} where anchors are a float tensor of shape {(num_classes, channels)}")
     if anchors.isinf().any() or anchors.isnan().all():
-        raise UserError(f"{path} holds anchors that are not finite")
+        raise UserError(f"{path} holds anchors that are not finite: give anchors without inf, not all NaN")
     return anchors.float()
 
 
@@ -382,10 +380,10 @@ def train_stage(run: Run, cfg: Config, k: int, model: nn.Module, anchors: Tensor
 
 @command
 def main(argv: list[str] | None = None) -> None:
-    """Algorithm 1, each stage followed by its evaluation."""
+    """Algorithm 1. An evaluation follows each stage."""
     cfg, options = parse("cag.py", __doc__, (Config, Options), argv, TOY)
     if len(cfg.scale) != 2 or cfg.scale[0] > cfg.scale[1]:
-        raise UserError(f"--scale {' '.join(map(str, cfg.scale))} is no range: give the smallest and the largest factor")
+        raise UserError(f"--scale {' '.join(map(str, cfg.scale))} is not a range: give the smallest factor, then the largest")
     run = Run("cag", cfg, options, dict.fromkeys(stage_names(cfg)), largest_scale=cfg.scale[1])
     test, tests = run.images("target", "val"), {"single-scale": {}}
     model = run.network("v3+")
@@ -399,9 +397,9 @@ def main(argv: list[str] | None = None) -> None:
                      for epochs in (cfg.warmup_epochs, cfg.stage_epochs))
     run.lengths = {**dict.fromkeys(run.stages, adapt), "warmup": warmup,
                    "source": cfg.source_iterations + options.target_labels * (warmup * cfg.warmup + adapt * cfg.K)}
-    if cfg.offline_anchors and not (run.folder / "stage1-anchors.pt").exists():              # refuse them now, not at stage 1
+    if cfg.offline_anchors and not (run.folder / "stage1-anchors.pt").exists():              # check it now, not at stage 1
         if "stage1" not in run.selected:
-            raise UserError("--offline-anchors are the anchors of stage 1, which this start does not come to: leave them out")
+            raise UserError("--offline-anchors is for stage 1, and this start does not reach stage 1: leave the flag out")
         read_anchors(cfg.offline_anchors, len(run.classes), model.feat_channels)
     if run.pending("source"):                              # train the upper bound for as many iterations as the adapted model
         train_source(run, cfg, model, source, run.lengths["source"])
@@ -418,18 +416,18 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def log_histogram(values: Tensor) -> Tensor:
-    """(LOG_BINS,) int64 counts of values >= 0 in bins of equal ratio: what lies beyond in the outermost, inf, NaN in none."""
+    """(LOG_BINS,) int64 counts of values >= 0 in bins of equal ratio: the outermost take what is beyond; inf, NaN: no bin."""
     return torch.histc(values[values.isfinite()].log2().clamp(-20, 20), LOG_BINS, -20, 20).long()
 
 
 def log_quantiles(histogram: Tensor, shares: tuple[float, ...]) -> list[float]:
-    """Quantiles, for shares in [0, 1], from a sum of `log_histogram`s, within 1.1 percent; none where nothing was counted."""
+    """Quantiles, for shares in [0, 1], from a sum of `log_histogram`s, within 1.1 percent; [] if nothing was counted."""
     below = histogram.cumsum(0) / histogram.sum()
     return [2 ** ((int((below < share).sum()) + 0.5) / 32 - 20) for share in shares if histogram.any()]
 
 
 def report_labels(run: Run, cfg: Config, stage: str, anchors: Tensor, counts: dict, target: SegmentationDataset) -> dict:
-    """Print and draw the labels that a stage starts with, and say where the paper's assumptions fail. Returns: what to log."""
+    """Print and draw the labels that a stage starts with. Warn where the paper's assumptions fail. Returns: what to log."""
     names, missing = (*run.classes.names, "all"), anchors.isnan().any(dim=1).tolist()
     active, pixels = (torch.cat([x, x.sum(1, keepdim=True)], dim=1) for x in (counts["active"], counts["pixels"]))
     percent = (100 * active / pixels).tolist()                                               # 2 rows of C + 1
@@ -441,10 +439,10 @@ def report_labels(run: Run, cfg: Config, stage: str, anchors: Tensor, counts: di
     quantiles = dict(zip(shares, log_quantiles(counts["gaps"], shares)))
     gaps = ", ".join(f"{value:.3g} ({share:.0%})" for share, value in quantiles.items())
     print(f"quantiles of d' - d*: {gaps}; --margin is {cfg.margin:g}")
-    absent = [c for c, lacks in zip(names, missing) if lacks]
-    silent = [c for c, lacks, count in zip(names, missing, active[0].tolist()) if not lacks and not count]
+    absent = [c for c, is_missing in zip(names, missing) if is_missing]
+    inactive = [c for c, is_missing, n in zip(names, missing, active[0].tolist()) if not is_missing and not n]
     notes = [f"no source pixel, so no anchor: {', '.join(absent)}"] * bool(absent)
-    notes += [f"no active pixel by anchor in the whole target: {', '.join(silent)}"] * bool(silent)
+    notes += [f"no active pixel by anchor in the whole target: {', '.join(inactive)}"] * bool(inactive)
     notes += [f"{n} of {len(target)} images have no active pixel in {kind}" for kind, n in zip(KINDS, counts["inactive"]) if n]
     print(*(f"{stage}: {note}\n" for note in notes), sep="", end="", flush=True)
     items = [target[k] for k in range(0, len(target), max(1, len(target) // 4))[:4]]

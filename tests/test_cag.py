@@ -87,7 +87,7 @@ def eq6(d, margin):
 
 
 def eq7(d, margin):
-    """Every category that gets the pseudo label."""
+    """All categories that are the pseudo label."""
     return [c for c in range(len(d)) if all(d[c] < d[k] - margin for k in range(len(d)) if k != c)]
 
 
@@ -137,7 +137,7 @@ def test_anchor_distances_are_eq_5():
 
 
 class Largest(TorchDispatchMode):
-    """Notes the size of the largest tensor made."""
+    """Records the size of the largest tensor that is created."""
 
     numel = 0
 
@@ -153,7 +153,7 @@ def test_anchor_distances_in_low_precision_and_little_memory(dtype):
     anchors[:10] = feat[0, :, :10, 0].T                                         # ten distances are 0
     with Largest() as largest:
         d = cag.anchor_distances(feat, anchors)
-    assert 19 * 16 * 16 <= largest.numel <= 64 * 16 * 16                        # feat's own size, not 19 times that
+    assert 19 * 16 * 16 <= largest.numel <= 64 * 16 * 16                        # the size of feat, not 19 times that
     f, a = torch.tensor(rows(feat), dtype=torch.float64), anchors.double()
     exact = torch.cdist(f, a, compute_mode="donot_use_mm_for_euclid_dist")
     error = (d.double()[0].flatten(1).T.square() - exact.square()).abs() / (f.square().sum(1)[:, None] + a.square().sum(1))
@@ -165,7 +165,7 @@ def test_anchor_distances_in_low_precision_and_little_memory(dtype):
 
 @pytest.mark.parametrize("margin", [0.0, 0.75, 2.5])
 def test_anchor_pseudo_labels_are_eqs_6_and_7(margin):
-    d = (4 * random(4, 5, 16, 16).abs()).round() / 4                            # quarters: ties and exact margins are frequent
+    d = (4 * random(4, 5, 16, 16).abs()).round() / 4                            # quarters give many ties and exact margins
     d[torch.rand(4, 5, 16, 16, generator=torch.Generator().manual_seed(0)) < 0.4] = math.inf
     got, differences = cag.anchor_pseudo_labels(d, margin), []
     for v, y in zip(rows(d), got.flatten().tolist()):
@@ -265,7 +265,7 @@ def pixels(vectors):
 
 
 def test_golden_numbers():
-    """The values that the paper's loops give, with the departures' means; class 2 has no anchor."""
+    """Values from the loops of the paper, with the means of the departures. Class 2 has no anchor."""
     feat, inf = pixels([[1.25, -0.5], [0.25, 2.0], [-1.0, 0.75], [3.0, -2.0]]), math.inf
     logits = pixels([[2.0, 0.5, -1.0, 0.0], [0.0, 0.25, 1.0, 3.0], [0.5, 0.75, 0.0, -0.5], [-2.0, 1.0, 4.0, 1.5]])
     anchors = torch.tensor([[1.0, 0.5], [-0.75, 1.25], [math.nan] * 2, [2.0, -1.5]], dtype=torch.float64)
@@ -290,7 +290,7 @@ def test_golden_numbers():
 
 
 def test_nearest_anchor_is_the_first_two_of_a_sort():
-    """Also with ties, with classes without anchor, and with one or none that has one."""
+    """Also with ties, with classes without anchor, and with only one anchor or none."""
     d = torch.randint(0, 6, (2, 5, 7, 9), generator=torch.Generator().manual_seed(0)).double()
     d[:, 3], d[0, 1:, 0], d[0, :, 1] = torch.inf, torch.inf, torch.inf
     nearest, gap = cag.nearest_anchor(d)
@@ -332,7 +332,7 @@ class TinyD(nn.Sequential):
 
 
 class StubRun:
-    """What a stage asks of a run; keeps each iteration's losses and gradients, and the first weights of D."""
+    """What a stage uses of a run. Stores the losses and gradients of each iteration, and the first weights of D."""
 
     def __init__(self, model, batches):
         self.model, self.batches, self.losses, self.gradients, self.D = model, batches, [], [], nn.Identity()
@@ -360,7 +360,7 @@ class StubRun:
 
 
 def eq12_terms(model, anchors, source, target):
-    """Every term of Eq. (12) and of Table 4: the target's on the grid, the source's cross entropy at image size."""
+    """All terms of Eq. (12) and Table 4: the target's on the grid, the source's cross entropy at image size."""
     (x_s, y_s), (x_t, _, y_t, y_tP) = source, target
     with torch.no_grad():
         (feat_s, z_s), (feat_t, z_t) = model(x_s), model(x_t)
@@ -384,7 +384,7 @@ def test_training_stage_is_eq_12(terms):
     batch = ((random(1, 3, 8, 6, seed=1), labels(1, 8, 6, C=3)), target)
     run = StubRun(model, [batch])
     for p in model.parameters():
-        p.grad = torch.ones_like(p)                                             # as left by an earlier stage
+        p.grad = torch.ones_like(p)                                             # left over from an earlier stage
     cag.train_stage(run, cag.Config(terms=terms) if terms else cag.Config(), 2, model, anchors, None, None, 1)
     used = ("ce_s", *(terms or ("dis_s", "dis_t", "ce_t", "ce_tP")))
     expected = {name: value for name, value in eq12_terms(start, anchors, *batch).items() if name in used}
@@ -394,12 +394,12 @@ def test_training_stage_is_eq_12(terms):
     for seed in range(2):                                                       # the gradient along two directions
         values, steps = [], [random(*p.shape, seed=seed, scale=1e-5) for p in start.parameters()]
         for sign in (1, -1):
-            moved = copy.deepcopy(start)
+            shifted = copy.deepcopy(start)
             with torch.no_grad():
-                for p, step in zip(moved.parameters(), steps):
+                for p, step in zip(shifted.parameters(), steps):
                     p += sign * step
-            found = eq12_terms(moved, anchors, *batch)
-            values.append(sum(WEIGHTS[name] * found[name] for name in used))
+            terms_there = eq12_terms(shifted, anchors, *batch)
+            values.append(sum(WEIGHTS[name] * terms_there[name] for name in used))
         slope = sum((g * step).sum().item() for g, step in zip(run.gradients[0], steps))
         assert (values[0] - values[1]) / 2 == pytest.approx(slope, rel=1e-6)
     for p, old, g in zip(model.parameters(), start.parameters(), run.gradients[0]):
@@ -408,7 +408,7 @@ def test_training_stage_is_eq_12(terms):
 
 
 @pytest.mark.parametrize("terms", [("ce_t",), ("dis_t", "ce_tP"), ("dis_s", "dis_t", "dis_tP", "ce_t", "ce_tP")])
-def test_a_stage_computes_the_terms_that_it_adds_up(terms, monkeypatch):
+def test_a_stage_computes_only_its_terms(terms, monkeypatch):
     computed = []
     for name, loss in (("cross_entropy_loss", cag.cross_entropy_loss), ("distance_loss", cag.distance_loss)):
         monkeypatch.setattr(cag, name, lambda *x, name=name, loss=loss: [computed.append(name), loss(*x)][1])
@@ -427,7 +427,7 @@ def test_source_stage_is_eq_2_at_image_size():
 
 
 def test_warm_up_equals_separate_passes(monkeypatch):
-    """The model by CE and by D's opinion with D's gradients thrown away; then D on detached features, in its own passes."""
+    """The reference trains the model on CE and L_adv without D's gradients; then D in separate passes on detached features."""
     monkeypatch.setattr(cag, "Discriminator", TinyD)
     torch.manual_seed(0)
     model = TinyNet().double()
@@ -485,7 +485,7 @@ def log_of(folder, stage, key):
     return [line for line in lines if line["stage"] == stage and key in line]
 
 
-def kept(folder, k, what):
+def saved(folder, k, what):
     return torch.load(folder / f"stage{k}-{what}.pt", weights_only=True)
 
 
@@ -493,51 +493,51 @@ def images(city, domain):
     return SegmentationDataset(find_pairs(city, domain, labels=domain == "gta5"), domain, class_list("gta5"), Size(64, 32))
 
 
-def where(pair):
-    """The domain and split of an image."""
+def domain_of(pair):
+    """Domain and split of an image."""
     return next(part for part in pair.image.parts if part in ("gta5", "cityscapes")) + "/val" * ("val" in pair.image.parts)
 
 
 class Stages:
-    """Puts itself between main and the stage functions: what each is handed, and which images are read between them."""
+    """Records what main gives to each stage function, and which images are read between them."""
 
     def __init__(self, monkeypatch):
-        self.timeline, self.handed = [], []
+        self.timeline, self.given = [], []
         for name in ("train_source", "warm_up", "prepare_stage", "train_stage"):
-            monkeypatch.setattr(cag, name, self.between(getattr(cag, name)))
+            monkeypatch.setattr(cag, name, self.recorded(getattr(cag, name)))
         for name in ("SGD", "Adam"):
             monkeypatch.setattr(torch.optim, name, self.optimizer(name, getattr(torch.optim, name)))
         monkeypatch.setattr(SegmentationDataset, "__getitem__", self.item(SegmentationDataset.__getitem__))
 
-    def between(self, function):
+    def recorded(self, function):
         def called(*args, **kwargs):
-            given = inspect.signature(function).bind(*args, **kwargs).arguments
-            model = given["model"]
-            self.note(f"{function.__name__} {given.get('k', '')}".strip())
-            self.handed.append(handed := {
-                "iterations": given.get("iterations"), "anchors": given.get("anchors"), "before": self.weights(model),
+            arguments = inspect.signature(function).bind(*args, **kwargs).arguments
+            model = arguments["model"]
+            self.note(f"{function.__name__} {arguments.get('k', '')}".strip())
+            self.given.append(record := {
+                "iterations": arguments.get("iterations"), "anchors": arguments.get("anchors"), "before": self.weights(model),
                 "training": model.training,
                 "learning": {name.startswith("encoder") for name, m in model.named_modules()
                              if isinstance(m, nn.BatchNorm2d) and (m.training or m.weight.requires_grad)},
-                **{domain: self.images(given[domain]) for domain in ("source", "target") if domain in given}})
+                **{domain: self.images(arguments[domain]) for domain in ("source", "target") if domain in arguments}})
             returned = function(*args, **kwargs)
-            handed["after"] = self.weights(model)
+            record["after"] = self.weights(model)
             return returned
         return called
 
     def optimizer(self, name, kind):
-        def made(groups, **rates):
-            made = kind(groups, **rates)
-            self.handed[-1][name] = sorted(group["lr"] for group in made.param_groups)
-            return made
-        return made
+        def create(groups, **rates):
+            created = kind(groups, **rates)
+            self.given[-1][name] = sorted(group["lr"] for group in created.param_groups)
+            return created
+        return create
 
     def item(self, read):
         def item(dataset, key):
-            got = read(dataset, key)
+            example = read(dataset, key)
             if not isinstance(key, tuple):                                      # an evaluation item
-                self.note(f"{where(dataset.pairs[key])} {got[0].shape[2]}x{got[0].shape[1]}")
-            return got
+                self.note(f"{domain_of(dataset.pairs[key])} {example[0].shape[2]}x{example[0].shape[1]}")
+            return example
         return item
 
     def note(self, event):
@@ -545,8 +545,8 @@ class Stages:
 
     @staticmethod
     def images(dataset):
-        """Where the images are from, how many, their size, their augmentation, the labels; and the folders of maps."""
-        domain, = {where(pair) for pair in dataset.pairs}
+        """(domain, number of images, size, augmentation, whether labelled), folders of maps."""
+        domain, = {domain_of(pair) for pair in dataset.pairs}
         labelled, = {pair.label is not None for pair in dataset.pairs}
         return (domain, len(dataset), str(dataset.size), dataset.augment, labelled), [str(Path(x)) for x in dataset.maps]
 
@@ -555,8 +555,8 @@ class Stages:
         return torch.cat([p.detach().double().flatten() for p in model.parameters()]).norm().item()
 
 
-def test_what_every_stage_is_handed(city, tmp_path, monkeypatch):
-    """Five source images, eight of the target, three to test on; all sizes and lengths differ."""
+def test_what_each_stage_receives(city, tmp_path, monkeypatch):
+    """Five source images, eight of the target, three of the test; all sizes and lengths differ."""
     shutil.copytree(city, tmp_path / "data")
     for path in [path for folder in ("images", "labels") for path in sorted((tmp_path / "data/gta5" / folder).iterdir())[5:]]:
         path.unlink()
@@ -572,43 +572,43 @@ def test_what_every_stage_is_handed(city, tmp_path, monkeypatch):
     assert stages.timeline == ["train_source", test, "warm_up", test, "prepare_stage 1", *labelling, "train_stage 1", test,
                                "prepare_stage 2", *labelling, "train_stage 2", test]
 
-    train_source, warm_up, prepare1, stage1, prepare2, stage2 = every = stages.handed
+    train_source, warm_up, prepare1, stage1, prepare2, stage2 = calls = stages.given
     augment, folder = Augment(scale=(1.0, 1.25), crop=Size(56, 24)), tmp_path / "cag-gta5"
     source, target = ("gta5", 5, "80x48", augment, True), ("cityscapes", 8, "72x40", augment, False)
-    assert all(handed["source"] == (source, []) for handed in every)
-    assert all(handed["target"] == (target, []) for handed in (warm_up, prepare1, prepare2))
-    for k, handed in ((1, stage1), (2, stage2)):
-        assert handed["target"] == (target, [f"{folder}/stage{k}/{kind}_labels" for kind in ("anchor", "probability")])
-        written = kept(folder, k, "anchors")["anchors"]
-        assert torch.equal(handed["anchors"].nan_to_num(), written.nan_to_num()) and written.any()
+    assert all(call["source"] == (source, []) for call in calls)
+    assert all(call["target"] == (target, []) for call in (warm_up, prepare1, prepare2))
+    for k, call in ((1, stage1), (2, stage2)):
+        assert call["target"] == (target, [f"{folder}/stage{k}/{kind}_labels" for kind in ("anchor", "probability")])
+        written = saved(folder, k, "anchors")["anchors"]
+        assert torch.equal(call["anchors"].nan_to_num(), written.nan_to_num()) and written.any()
     assert not torch.equal(stage1["anchors"].nan_to_num(), stage2["anchors"].nan_to_num())
 
-    assert [handed["iterations"] for handed in every] == [3, 5, None, 2, None, 2]          # 8 images are 4 iterations
-    assert train_source["learning"] == {False} and not any(handed["learning"] for handed in every[1:])     # Sec. 4.1
-    assert all(handed["SGD"] == [5e-4, 1e-3] for handed in (train_source, warm_up, stage1, stage2))
-    assert [handed.get("Adam") for handed in every] == [None, [3e-4], None, None, None, None]
-    assert train_source["before"] == stages.weights(initial) and all(handed["training"] for handed in every)
-    assert all(handed["before"] == before["after"] for before, handed in itertools.pairwise(every))
-    assert [handed["before"] != handed["after"] for handed in every] == [True, True, False, True, False, True]
+    assert [call["iterations"] for call in calls] == [3, 5, None, 2, None, 2]          # 8 images: 4 iterations per epoch
+    assert train_source["learning"] == {False} and not any(call["learning"] for call in calls[1:])     # Sec. 4.1
+    assert all(call["SGD"] == [5e-4, 1e-3] for call in (train_source, warm_up, stage1, stage2))
+    assert [call.get("Adam") for call in calls] == [None, [3e-4], None, None, None, None]
+    assert train_source["before"] == stages.weights(initial) and all(call["training"] for call in calls)
+    assert all(call["before"] == previous["after"] for previous, call in itertools.pairwise(calls))
+    assert [call["before"] != call["after"] for call in calls] == [True, True, False, True, False, True]
 
-    stages.handed.clear()
+    stages.given.clear()
     start(tmp_path / "data", tmp_path, *flags, "--tag", "up", "--stage", "source", "--target-labels")
-    upper = stages.handed[0]
+    upper = stages.given[0]
     assert upper["source"] == (("cityscapes", 8, "72x40", augment, True), []) and upper["iterations"] == 3 + 5 + 2 * 2
     assert upper["before"] == stages.weights(initial) and upper["learning"] == {False}
 
 
 @pytest.fixture(scope="module")
 def adapted(city, tmp_path_factory):
-    """A run without warm-up: stage 1 with anchors from a file, stage 2 stopped in its first iteration and resumed without it.
+    """A run without warm-up. Stage 1 has anchors from a file; stage 2 stops in its first iteration and resumes without it.
 
-    Gives its folder, the file's anchors, and path -> (time of writing, content) of what stage 2 had when it was stopped.
+    Returns: its folder, the file's anchors, and path -> (time of writing, content) of stage 2's files when it stopped.
     """
     runs = tmp_path_factory.mktemp("runs")
     offline = random(19, 256, scale=0.2).float()
     torch.save(offline, runs / "anchors.pt")
     argv = (city, runs, "--K", 2, "--margin", 0.05, "--threshold", 0.08, "--offline-anchors", runs / "anchors.pt",
-            "--adapt-freeze-bn", "none")                                        # so that train and eval modes differ
+            "--adapt-freeze-bn", "none")                                        # train and eval modes then differ
 
     def report(self, _report=Run.report, **losses):
         _report(self, **losses)
@@ -623,13 +623,13 @@ def adapted(city, tmp_path_factory):
     folder = runs / "cag-gta5"
     assert torch.load(folder / "last.pt", weights_only=True)["stage"] == "stage2"
     (runs / "anchors.pt").unlink()
-    there = prepared(folder)
+    before = prepared(folder)
     start(*argv)
-    return folder, offline, there
+    return folder, offline, before
 
 
 def prepared(folder):
-    """path -> (time of writing, content) of what stage 2 is prepared by."""
+    """path -> (time of writing, content) of the files that stage 2 prepares."""
     files = (*folder.glob("stage2-*.pt"), *folder.glob("stage2/*/*/*.png"))
     return {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in files}
 
@@ -639,7 +639,7 @@ def test_a_stage_starts_with_anchors_and_labels_of_the_model_before_it(k, city, 
     folder, offline, _ = adapted
     model = build_model("v3+", "resnet18", 19, "none").eval()
     model.load_state_dict(torch.load(folder / f"{('source', 'stage1')[k - 1]}.pt", weights_only=True)["state"]["model"])
-    anchors = kept(folder, k, "anchors")["anchors"]
+    anchors = saved(folder, k, "anchors")["anchors"]
     if k == 1:
         assert torch.equal(anchors, offline)
     else:
@@ -667,18 +667,18 @@ def test_a_stage_starts_with_anchors_and_labels_of_the_model_before_it(k, city, 
             written = np.array(Image.open(folder / f"stage{k}/{kind}/{name}.png"))
             assert written.shape == (32, 64) and (written == expected)[sure].all() and sure.mean() > 0.9
             shares[kind].append(written != IGNORE)
-    line, = log_of(folder, f"stage{k}", "active_percent")                       # one, also after a resume
+    line, = log_of(folder, f"stage{k}", "active_percent")                       # only one, even after a resume
     for kind, active in shares.items():
         assert 0 < np.mean(active) < 1 and line["active_percent"][kind]["all"] == pytest.approx(100 * np.mean(active), abs=6e-3)
     assert list(line["gap_quantiles"].values()) == pytest.approx(np.quantile(gaps, (0.05, 0.25, 0.5, 0.75, 0.95)), rel=0.03)
 
 
 def test_stages_without_warm_up_and_fixed_labels(adapted):
-    folder, _, there = adapted
+    folder, _, before = adapted
     assert list(json.loads((folder / "results.json").read_text())) == ["source", "stage1", "stage2"]
     assert sorted(path.stem for path in folder.glob("*.pt")) == ["source", "stage1", "stage1-anchors", "stage1-labels",
                                                                  "stage2", "stage2-anchors", "stage2-labels"]
-    assert len(there) == 2 * 8 + 2 and there == prepared(folder) and (folder / "stage2/labels.png").exists()
+    assert len(before) == 2 * 8 + 2 and before == prepared(folder) and (folder / "stage2/labels.png").exists()
 
 
 def test_a_class_without_source_pixels(city, tmp_path, adapted):
@@ -692,7 +692,7 @@ def test_a_class_without_source_pixels(city, tmp_path, adapted):
     start(tmp_path / "data", tmp_path, "--from", adapted[0] / "source.pt", "--K", 1, "--margin", 0.01, "--threshold", 1.0,
           "--terms", "dis_s", "dis_t", "dis_tP", "ce_t", "ce_tP")
     folder = tmp_path / "cag-gta5"
-    anchors = kept(folder, 1, "anchors")["anchors"]
+    anchors = saved(folder, 1, "anchors")["anchors"]
     assert anchors.isnan().all(dim=1).nonzero().flatten().tolist() == [13] and anchors.isnan().sum() == 256
     (line,) = log_of(folder, "stage1", "notes")
     notes = line["notes"]
@@ -700,7 +700,7 @@ def test_a_class_without_source_pixels(city, tmp_path, adapted):
     assert len(notes) == 3 and re.search(r"^8 .*images.*probability_labels", notes[2])
     lines = log_of(folder, "stage1", "rate")
     assert len(lines) == 2 and all(math.isfinite(value) for line in lines for value in line.values() if value != "stage1")
-    for line in lines:                                                          # by anchors some, by probability none
+    for line in lines:                                                          # some labels by anchor, none by probability
         assert line["ce_t"] > 0 and line["dis_t"] > 0 and line["dis_s"] > 0 and line["ce_tP"] == line["dis_tP"] == 0
     before, after = (torch.load(path, weights_only=True)["state"]["model"] for path in (adapted[0] / "source.pt",
                                                                                        folder / "stage1.pt"))
@@ -718,7 +718,7 @@ def test_nothing_active_and_sixteen_classes(city, tmp_path):
     notes = line["notes"]
     assert "no active pixel" in notes[-3] and re.search(r"^8 .*images.*anchor_labels", notes[-2])
     assert re.search(r"^8 .*images.*probability_labels", notes[-1])
-    assert kept(folder, 1, "anchors")["anchors"].shape == (16, 256) and kept(folder, 1, "labels")["active"].sum() == 0
+    assert saved(folder, 1, "anchors")["anchors"].shape == (16, 256) and saved(folder, 1, "labels")["active"].sum() == 0
     result = json.loads((folder / "results.json").read_text())["stage1"]["single-scale"]
     assert len(result["iou"]) == 16 and {"mIoU", "mIoU*"} <= result.keys()
 
@@ -743,13 +743,13 @@ def test_offline_anchors_that_do_not_fit(content, words, city, tmp_path, capsys)
 
 def test_offline_anchors_of_a_run(adapted):
     given = cag.read_anchors(adapted[0] / "stage2-anchors.pt", 19, 256)
-    assert torch.equal(given, kept(adapted[0], 2, "anchors")["anchors"]) and given.any()
+    assert torch.equal(given, saved(adapted[0], 2, "anchors")["anchors"]) and given.any()
 
 
 def test_offline_anchors_that_are_never_used(city, tmp_path, capsys):
     with pytest.raises(SystemExit):
         start(city, tmp_path / "runs", "--stage", "source", "--offline-anchors", tmp_path / "file.pt")
-    assert "which this start does not come to" in capsys.readouterr().err and not list((tmp_path / "runs").rglob("*.pt"))
+    assert "this start does not reach stage 1" in capsys.readouterr().err and not list((tmp_path / "runs").rglob("*.pt"))
 
 
 def test_evaluation_needs_no_training_images(city, tmp_path, adapted, capsys):
@@ -763,18 +763,18 @@ def test_evaluation_needs_no_training_images(city, tmp_path, adapted, capsys):
 
 
 def anchors_labels_and_scores(city, folder, anchors, tag):
-    """What the sweeps of a stage give, with seven images per domain: anchors, counts, and the matrix in results.json."""
+    """The results of a stage's sweeps over seven images per domain: anchors, counts, and the matrix in results.json."""
     cfg = cag.Config(margin=0.05, threshold=0.1)
     run = Run("cag", cfg, Options(runs=str(folder), tag=tag, workers=0, device="cpu"), dict.fromkeys(cag.stage_names(cfg), 1))
     torch.manual_seed(0)
     model = TinyNet(19)
     source, target = images(city, "gta5"), images(city, "cityscapes")
     source.pairs, target.pairs = source.pairs[:7], target.pairs[:7]
-    own = cag.source_anchors(run, model, source)
+    source_means = cag.source_anchors(run, model, source)
     counts = cag.label_target(run, cfg, model, anchors, target, folder / "labels")
     torch.save({}, run.folder / f"{('source', 'other')[run.rank]}.pt")
     run.evaluate("source", model, source, {"single-scale": {}})
-    return own, counts, run.results()["source"]["single-scale"]["matrix"]
+    return source_means, counts, run.results()["source"]["single-scale"]["matrix"]
 
 
 def test_a_label_that_cannot_be_written_ends_the_run(city, tmp_path):
@@ -794,13 +794,13 @@ def one_of_two(rank, city, folder, anchors):
 
 def test_two_processes_give_what_one_gives(city, tmp_path):
     anchors = 0.3 * anchors_of(19, 4, 5).float()
-    own, counts, matrix = anchors_labels_and_scores(city, tmp_path / "one", anchors, "one")
+    expected, counts, matrix = anchors_labels_and_scores(city, tmp_path / "one", anchors, "one")
     (tmp_path / "two").mkdir()
     torch.multiprocessing.spawn(one_of_two, (city, tmp_path / "two", anchors), nprocs=2)
-    assert own.isfinite().any() and counts["active"].sum() > 0 and counts["pixels"].sum() == 2 * 7 * 16 * 32
+    assert expected.isfinite().any() and counts["active"].sum() > 0 and counts["pixels"].sum() == 2 * 7 * 16 * 32
     for rank in range(2):
-        own_, counts_, matrix_ = torch.load(tmp_path / f"two/{rank}.pt")
-        torch.testing.assert_close(own_, own, rtol=1e-6, atol=0, equal_nan=True)
+        anchors_, counts_, matrix_ = torch.load(tmp_path / f"two/{rank}.pt")
+        torch.testing.assert_close(anchors_, expected, rtol=1e-6, atol=0, equal_nan=True)
         assert matrix_ == matrix and counts_.keys() == counts.keys()
         assert all(torch.equal(counts_[key], counts[key]) for key in counts)
     one, two = ({path.relative_to(tmp_path / n): path.read_bytes() for path in (tmp_path / n).rglob("labels/*/*/*.png")}

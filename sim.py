@@ -2,16 +2,16 @@
 
 Wang, Yu, Wei, Feris, Xiong, Hwu, Huang, Shi. CVPR 2020. arXiv:2003.08040
 
-Features of correctly predicted source regions are kept in banks: one per stuff class and image, one per connected region of
-a thing class. The mean feature of every region that the model predicts in a target image is pulled to the most similar kept
-feature of its class, beside adversarial adaptation of the output. Then the same with pseudo labels. Stages: step1 -> step2.
+Banks store mean features of correctly predicted source regions: one per stuff class and image, one per connected region of a
+thing class. In a target image, each predicted region's mean feature is pulled to the most similar stored feature of its class.
+The output is adapted adversarially. Step 2 does the same, with pseudo labels. Stages: step1 -> step2.
 
     Eqs. (1), (10)   segmentation_loss                       L_seg^S, and L_seg^T on pseudo labels
     Eqs. (2), (3)    adversarial_loss, discriminator_loss
     Eq. (4)          correct_label_map                       L_C = L_G intersected with L_P
     Eq. (5)          masked_mean (A), store_stuff (S^b)      into a FeatureBank
     Eq. (7)          connected_regions (T), masked_mean (I)
-    Algorithm 1      store_instances (S^k)                   into another
+    Algorithm 1      store_instances (S^k)                   into a second
     Eqs. (6), (8)    stuff_loss, instance_loss
     Eq. (9)          class_thresholds (y^k, Sec. 6.2), pseudo_labels (y^)
     Eq. (11)         augmented_label_map
@@ -20,36 +20,36 @@ feature of its class, beside adversarial adaptation of the output. Then the same
 
     F, C, G = C o F   encoder, classifier, network            f, feat    features, F's output
     L_G, L_P, L_C     label maps on the feature's grid: ground truth, prediction, correct prediction
-    S^b, S^k          kept source features                    b in B, k in K   stuff (background), things (foreground)
-    w     `--w`, kept features per stuff class                z          `--z`, regions per thing class and image; it keeps z w
+    S^b, S^k          stored source features                  b in B, k in K   stuff (background), things (foreground)
+    w     `--w`, stored features per stuff class              z          `--z`, regions per thing class and image; z w stored
 
-    python sim.py --toy                                      the toy city, some minutes on two cores
-    python sim.py --source gta5                              the paper's GTA5 -> Cityscapes; again to resume
+    python sim.py --toy                                      the toy city, a few minutes on two cores
+    python sim.py --source gta5                              the paper's GTA5 -> Cityscapes; the same line resumes
     torchrun --nproc_per_node=4 sim.py --source gta5         on four GPUs, four times the batch
     python sim.py --source gta5 --no-ssl --lambda-ci 0 --tag aa                       Table 2, "+ AA"
     python sim.py --source gta5 --source-images PATH --no-ssl --w 200 --tag w200      translated ("IT"), Table 4; 3: --lambda-ci
-    python sim.py --source gta5 --eval                       only evaluate what the run has reached
+    python sim.py --source gta5 --eval                       only evaluate the latest stage of the run
 
 Departures:
  1. Eqs. (1)-(3), (6), (8), (10): sums are means, over labelled pixels, D's outputs or images: a sum's scale depends on them.
- 2. Eqs. (6), (8): ||x||_1^2 is the mean of |x| over channels: the abstract says L1 loss, a squared sum has no usable scale.
- 3. Eq. (5): j counts a class's writes, as Algorithm 1's c_k: i mod w leaves out places of rare classes. A != 0: it occurs.
- 4. Sec. 4.1: label maps are on the feature's grid: predictions before enlarging, labels by the nearest pixel centre.
- 5. Sec. 4.1: regions are 8-connected, which the paper does not say; of equally large ones the first in reading order comes
-    first. At most z regions per class and target image are matched, as Sec. 6.2 says in words.
- 6. Sec. 4.1: places never written are not matched. In each iteration source features are kept before the target's are matched.
- 7. Sec. 6.2: y^k is the lower edge of the bin, of 1,000, with the lower median; 0.9 for a class never predicted. Eq. (9) is
-    read as Sec. 6.2 says it: the predicted class, where its own confidence is above y^k.
+ 2. Eqs. (6), (8): ||x||_1^2 is the mean of |x| over channels. The abstract says L1 loss; a squared sum has no usable scale.
+ 3. Eq. (5): j counts the writes of a class, as Algorithm 1's c_k does; i mod w leaves places of rare classes empty.
+    A != 0 means that the class occurs.
+ 4. Sec. 4.1: label maps are on the feature grid: predictions before upsampling, labels by the nearest pixel centre.
+ 5. Sec. 4.1: regions are 8-connected; the paper does not say. Equally large ones come in reading order. At most z regions per
+    class and target image are matched, as the text of Sec. 6.2 says.
+ 6. Sec. 4.1: empty places are not matched. Each iteration stores the source features before it matches the target's.
+ 7. Sec. 6.2: y^k is the lower edge of the lower median's bin, of 1,000 bins; 0.9 for a class never predicted. Eq. (9) follows
+    the text of Sec. 6.2: the predicted class, where its own confidence is above y^k.
  8. Sec. 6.2 prints lambda_adv 0.01; the default is Sec. 5.1's 0.001.
- 9. Sec. 5.2 gives no length, batch size, crop or augmentation: 200,000 iterations per step, one image per domain, none, none.
-10. Sec. 5 lacks: frozen batch norm of pretrained encoders, ten times the rate for the classifier, a rate horizon per step.
-11. Table 2 has translated images ("IT") in each row with SIM: without `--source-images` the default is AA + SIM + SSL.
-12. Published code: batch norm, the encoder's only, on batch statistics at batch 1 with fixed affine parameters. This is
-    `--freeze-bn affine`; AdaptSegNet's users, whose mode it is, report 27-29, not 36.6, for "source only" without it.
-13. Published code, not taken, in the matching: Eq. (11) is skipped; pooled features are classified and only those that come out
-    right kept; a class is matched only after its ring is full; grid labels by the nearest corner, 4 pixels off.
-14. Published code, not taken, in training: the best of 40 checkpoints on val, pseudo labels from it, at confidences >= y^k;
-    rates for 250,000 iterations, stopped at 200,000; lambda_ci 0.001 in step 2; no Nesterov; D's terms halved.
+ 9. Sec. 5.2 gives no length (here 200,000 iterations per step), batch size (one image per domain), crop, augmentation (none).
+10. Sec. 5 does not give: frozen batch norm of pretrained encoders, ten times the rate for the classifier, a horizon per step.
+11. Table 2 uses translated images ("IT") in each row with SIM. Without `--source-images` the default is AA + SIM + SSL.
+12. Published code: only the encoder has batch norm, with batch statistics at batch 1 and fixed affine parameters. This is
+    `--freeze-bn affine`. AdaptSegNet does the same; without it, its users report 27-29 for "source only", not 36.6.
+13. Published code, matching, not followed: no Eq. (11); only pooled features that are classified correctly are stored; a class
+    is matched only after its ring is full; labels come to the grid by the nearest corner, 4 pixels off.
+14. Published code, training, not followed: checkpoint, thresholds, rates, weights, no Nesterov (docs/agreement.md).
 """
 
 from __future__ import annotations
@@ -85,18 +85,18 @@ class Config:
     lambda_adv: float = option(0.001, "weight of L_adv, Eq. (2); 0: without AA", paper=0.001, section="Sec. 5.1", low=0.0)
     lambda_ci: float = option(0.01, "weight of L_stf + L_ins; 0: without SIM", paper=0.01, section="Table 3", low=0.0)
     lambda_D: float = option(1.0, "weight of L_D, Eq. (3)", paper=1.0, section="Sec. 5.1", low=0.0)
-    w: int = option(50, "kept features per stuff class", paper=50, section="Table 4", low=1)
-    z: int = option(10, "regions per thing class and image, at most; z w are kept", paper=10, section="Algorithm 1", low=1)
+    w: int = option(50, "stored features per stuff class", paper=50, section="Table 4", low=1)
+    z: int = option(10, "most regions per thing class and image; z w are stored", paper=10, section="Algorithm 1", low=1)
     cap: float = option(0.9, "highest confidence threshold of a pseudo label", paper=0.9, section="Sec. 6.2", low=0.0, high=1.0)
     lr: float = option(2.5e-4, "SGD's initial rate", paper=2.5e-4, section="Sec. 5.2", low=0.0)
     momentum: float = option(0.9, "SGD's momentum", paper=0.9, section="Sec. 5.2", low=0.0, high=1.0)
-    nesterov: bool = option(True, "Nesterov's kind of momentum", paper=True, section="Sec. 5.2")
+    nesterov: bool = option(True, "Nesterov momentum", paper=True, section="Sec. 5.2")
     weight_decay: float = option(5e-4, "SGD's weight decay", paper=5e-4, section="Sec. 5.2", low=0.0)
     lr_discriminator: float = option(1e-4, "Adam's initial rate for D", paper=1e-4, section="Sec. 5.2", low=0.0)
     beta1: float = option(0.9, "Adam's beta_1 for D", paper=0.9, section="Sec. 5.2", low=0.0, high=0.99999)
     beta2: float = option(0.99, "Adam's beta_2 for D", paper=0.99, section="Sec. 5.2", low=0.0, high=0.99999)
     iterations: int = option(200_000, "iterations per step", low=1)
-    batch_size: int = option(1, "images per batch, of each domain", low=1)
+    batch_size: int = option(1, "images per batch and domain", low=1)
     source_size: Size | None = option(None, "source images are resized to it; automatic: the paper's, 1024x512 for Cityscapes",
                                       paper="1280x720, SYNTHIA 1280x760", section="Sec. 6.1")
     target_size: Size | None = option(None, "target images are resized to it, also in the test; automatic: 1024x512",
@@ -161,11 +161,11 @@ class Discriminator(nn.Module):
 
 
 def correct_label_map(logits: Tensor, label: Tensor) -> Tensor:
-    """The label where the prediction is right.
+    """The label where the prediction is correct.
 
     Eq. (4):  L_P = argmax_k C(f)^(k);  L_C = L_G intersected with L_P
 
-    Args: logits (N, K, h, w); label (N, h, w) int64, 255 ignored.  Returns: (N, h, w) int64, 255 where it is wrong or ignored.
+    Args: logits (N, K, h, w); label (N, h, w) int64, 255 ignored.  Returns: (N, h, w) int64, 255 if wrong or ignored.
     """
     return torch.where(logits.argmax(dim=1) == label, label, IGNORE)
 
@@ -192,18 +192,18 @@ def connected_regions(label_map: Tensor, k: int, limit: int = 10) -> Tensor:
     Args: label_map (h, w) int64; k the class; limit, z.
     Returns: (m, h, w) bool, m <= limit, 8-connected, the largest first, equally large ones in reading order.
     """
-    from scipy import ndimage  # not before the flags are read
+    from scipy import ndimage  # only training needs it
     regions, _ = ndimage.label((label_map == k).cpu().numpy(), structure=np.ones((3, 3)))       # 0: other classes; 1, 2, ...
     largest = 1 + np.argsort(-np.bincount(regions.ravel())[1:], kind="stable")[:limit]          # by area
     return torch.from_numpy(regions == largest[:, None, None]).to(label_map.device)
 
 
 def regions(feat: Tensor, label_map: Tensor, classes: list[int], limit: int | None):
-    """Per image and class that occurs: the class, its regions (m, h, w) bool on the CPU, their mean features (m, D).
+    """Yield per image and class that occurs: the class, its regions (m, h, w) bool on the CPU, their mean features (m, D).
 
-    Args: feat (N, D, h, w); label_map (N, h, w) int64; limit: of connected regions, Eq. (7); None: a class is one, Eq. (5).
+    Args: feat (N, D, h, w); label_map (N, h, w) int64; limit: most per class, Eq. (7); None: one per class, Eq. (5).
     """
-    for f, labels in zip(feat, label_map.cpu()):                                  # where scipy works
+    for f, labels in zip(feat, label_map.cpu()):                                  # for scipy
         masks = {k: (labels == k)[None] if limit is None else connected_regions(labels, k, limit)
                  for k in classes if (labels == k).any()}
         if masks:
@@ -215,7 +215,7 @@ class FeatureBank(nn.Module):
     """S in Eqs. (5), (6), (8) and Algorithm 1: the last `slots` source features of each class, in a ring.
 
     Args: classes: class indices; slots: places per class, w for stuff and z w for things; dim: D; device: of the features.
-    Its state_dict holds `features` (classes, slots, D) and `written` (classes,), on the CPU: how many were ever written.
+    Its state_dict holds `features` (classes, slots, D) and `written` (classes,), on the CPU: the number of writes.
     """
 
     def __init__(self, classes: list[int], slots: int, dim: int, device: torch.device | str = "cpu"):
@@ -226,22 +226,22 @@ class FeatureBank(nn.Module):
 
     @torch.no_grad()
     def write(self, k: int, feat: Tensor) -> None:
-        """Put feat, (D,) or (m, D), into the next places of class k in turn: the oldest ones, once the ring is full."""
+        """Write feat, (D,) or (m, D), to the next places of class k; in a full ring, to the oldest ones."""
         row, feat = self.classes.index(k), feat.view(-1, self.features.shape[2]).to(self.features)
         places = (self.written[row] + torch.arange(len(feat))) % self.slots
         self.features[row, places[-self.slots:].to(feat.device, non_blocking=True)] = feat[-self.slots:]
         self.written[row] += len(feat)
 
     def samples(self, k: int) -> Tensor:
-        """(n, D): what has been written for class k, n <= slots; places never written are not in it."""
+        """The stored features of class k, (n, D), n <= slots, without empty places."""
         row = self.classes.index(k)
         return self.features[row, :int(self.written[row])]
 
 
 def store_stuff(feat: Tensor, label_map: Tensor, bank: FeatureBank) -> None:
-    """Keep the stuff features of source images.
+    """Store the stuff features of source images.
 
-    Eq. (5):  S_j^b = A^b(L_C, f) if A^b(L_C, f) != 0;  j counts what was written
+    Eq. (5):  S_j^b = A^b(L_C, f) if A^b(L_C, f) != 0;  j counts the writes
 
     Args: feat (N, D, h, w); label_map (N, h, w) int64 of Eq. (4); bank of the stuff classes.
     """
@@ -250,7 +250,7 @@ def store_stuff(feat: Tensor, label_map: Tensor, bank: FeatureBank) -> None:
 
 
 def store_instances(feat: Tensor, label_map: Tensor, bank: FeatureBank, limit: int = 10) -> None:
-    """Keep the instance features of source images.
+    """Store the instance features of source images.
 
     Algorithm 1:  S_j^k = I(R_sort[l], f) for l in 1..min(z, |R_sort|);  j = c_k mod z w,  c_k = c_k + 1
 
@@ -261,12 +261,12 @@ def store_instances(feat: Tensor, label_map: Tensor, bank: FeatureBank, limit: i
 
 
 def nearest_sample(query: Tensor, samples: Tensor) -> tuple[Tensor, Tensor]:
-    """Distance to the most similar kept feature, and which it is.
+    """Distance to the most similar stored feature, and its index.
 
     Eqs. (6), (8):  min_j || q - S_j ||_1^2,  read as the mean of |q - S_j| over the channels
 
     Args: query (M, D); samples (n, D), n >= 1.
-    Returns: (M,) distances, with a gradient to query, and (M,) int64, the first on ties.
+    Returns: (M,) distances, with a gradient to query; (M,) int64 indices, the first on ties.
     """
     with torch.no_grad():
         nearest = torch.cdist(query, samples, p=1.0).argmin(dim=1)
@@ -288,7 +288,7 @@ def stuff_loss(feat: Tensor, label_map: Tensor, bank: FeatureBank) -> Tensor:
     Eq. (6):  L_stf = sum_i sum_b min_j || A^b(L_P, f_i) - S_j^b ||_1^2
 
     Args: feat (N, D, h, w); label_map (N, h, w) int64, predicted, 255 ignored; bank of the stuff classes.
-    Returns: 0-d, sum over the classes that occur and have kept features, mean over the N images.
+    Returns: 0-d, sum over the classes that occur and have stored features, mean over the N images.
     """
     return matching_loss(feat, label_map, bank, limit=None)                       # one region per class
 
@@ -299,7 +299,7 @@ def instance_loss(feat: Tensor, label_map: Tensor, bank: FeatureBank, limit: int
     Eq. (8):  L_ins = sum_i sum_k 1 / |R_k| sum_{r in R_k} min_j || I(r, f_i) - S_j^k ||_1^2
 
     Args: as for `stuff_loss`; bank of the thing classes; limit, regions per class and image.
-    Returns: 0-d, mean over a class's regions, summed over the classes with kept features, mean over the N images.
+    Returns: 0-d, mean over a class's regions, summed over the classes with stored features, mean over the N images.
     """
     return matching_loss(feat, label_map, bank, limit)
 
@@ -329,7 +329,7 @@ def pseudo_labels(logits: Tensor, thresholds: Tensor) -> Tensor:
 
 
 def augmented_label_map(prediction: Tensor, pseudo_label: Tensor) -> Tensor:
-    """The predicted label map, overruled by pseudo labels.
+    """The predicted label map, overwritten by pseudo labels.
 
     Eq. (11):  L_P <- y^ where L_P != y^, and there is a y^
 
@@ -350,7 +350,7 @@ def make_banks(run: Run, cfg: Config, dim: int) -> tuple[FeatureBank, FeatureBan
 
 def train_step(run: Run, cfg: Config, step: int, model: nn.Module, stuff: FeatureBank, things: FeatureBank,
                source: SegmentationDataset, target: SegmentationDataset, note: dict | None = None) -> None:
-    """Step 1 by Eq. (12), step 2 by Eq. (13): min over G, in turn with min over D of lambda_D L_D."""
+    """Per iteration one step of G on Eq. (12) in step 1, Eq. (13) in step 2, and one step of D on lambda_D L_D."""
     run.seed("discriminator", step)
     D = run.place(Discriminator(model.num_classes))
     optimizer = torch.optim.SGD(model.parameter_groups(cfg.lr), lr=cfg.lr, momentum=cfg.momentum, nesterov=cfg.nesterov,
@@ -369,7 +369,7 @@ def train_step(run: Run, cfg: Config, step: int, model: nn.Module, stuff: Featur
             d_s, d_t = D(prob_s.detach()), D(prob_t)                              # (N, 1, H/32, W/32)
 
         correct = correct_label_map(logits_s, resize_label(y_s, logits_s.shape[-2:]))           # Eq. (4)
-        feat_s, correct = gather(feat_s), gather(correct).cpu()                   # of all processes; where scipy works
+        feat_s, correct = gather(feat_s), gather(correct).cpu()                   # of all processes; on the CPU for scipy
         store_stuff(feat_s, correct, stuff)                                       # Eq. (5)
         store_instances(feat_s, correct, things, cfg.z)                           # Algorithm 1
         label_map = logits_t.argmax(dim=1)                                        # (N, h, w), L_P of the target
@@ -394,7 +394,7 @@ def train_step(run: Run, cfg: Config, step: int, model: nn.Module, stuff: Featur
 
 @torch.no_grad()
 def write_pseudo_labels(run: Run, cfg: Config, model: nn.Module, target: SegmentationDataset, folder: Path) -> dict:
-    """Sec. 6.2: one pass over the target for the thresholds, one for the labels. Returns both in figures per class, to log."""
+    """Sec. 6.2: one pass over the target for the thresholds, one for the labels. Returns: both per class, to log."""
     names, K = run.classes.names, len(run.classes)
     histogram = torch.zeros(K, BINS, dtype=torch.int64, device=run.device)
     labelled = torch.zeros(K, dtype=torch.int64, device=run.device)
@@ -417,7 +417,7 @@ def write_pseudo_labels(run: Run, cfg: Config, model: nn.Module, target: Segment
     sum_over_processes(labelled)
 
     percent = (100 * labelled / histogram.sum(dim=1)).tolist()                    # NaN: never predicted
-    print_table("pseudo labels of the target, in percent: y^k, and the labelled pixels of those predicted as the class",
+    print_table("pseudo labels of the target, in percent: y^k; labelled pixels among those predicted as the class",
                 {"threshold": [*(100 * thresholds).tolist(), None],
                  "labelled": [*percent, 100 * float(labelled.sum() / histogram.sum())]}, [*names, "all"])
     return {"thresholds": dict(zip(names, thresholds.tolist())),
@@ -427,19 +427,19 @@ def write_pseudo_labels(run: Run, cfg: Config, model: nn.Module, target: Segment
 def check(cfg: Config, options: Options) -> None:
     """Check the method's settings before anything is loaded."""
     if cfg.nesterov and cfg.momentum == 0:
-        raise UserError("--momentum 0 has no Nesterov kind: add --no-nesterov")
+        raise UserError("Nesterov momentum needs --momentum above 0: raise it or add --no-nesterov")
     sizes = [options.source_size or SIZES[options.source], options.target_size or SIZES[options.target]]
     for size in [options.crop] if options.crop else sizes:
         if min(size) < 32:
-            raise UserError(f"images of {size} are too small for the discriminator: each side needs 32 pixels at least")
+            raise UserError(f"images of {size} are too small for the discriminator: give each side at least 32 pixels")
 
 
 @command
 def main(argv: list[str] | None = None) -> None:
-    """Step 1, pseudo labels, step 2; each step followed by its evaluation."""
+    """Step 1, pseudo labels, step 2. An evaluation follows each step."""
     cfg, options = parse("sim.py", __doc__, (Config, Options), argv, TOY)
     check(cfg, options)
-    if options.target_labels:                                                     # an upper bound adapts nothing
+    if options.target_labels:                                                     # the upper bound does not adapt
         cfg = replace(cfg, lambda_adv=0.0, lambda_ci=0.0)
     run = Run("sim", cfg, options, {"step1": cfg.iterations, "step2": cfg.ssl * cfg.iterations}, SIZES)
     test, tests = run.images("target", "val"), {"single-scale": {}}
@@ -469,7 +469,7 @@ def main(argv: list[str] | None = None) -> None:
 @torch.no_grad()
 def draw_matches(run: Run, cfg: Config, step: int, model: nn.Module, stuff: FeatureBank, things: FeatureBank,
                  target: SegmentationDataset) -> None:
-    """Draw target images, predictions on the grid, and their regions in the colours of their source samples (black: none)."""
+    """Draw target images, predictions on the grid, and regions in the colour of the matched source sample (black: none)."""
     rows = []
     model.eval()
     for image, *_ in (target[i] for i in range(0, len(target), max(1, len(target) // 4))[:4]):

@@ -1,4 +1,4 @@
-"""SIM's equations against naive float64 loops written from the paper, its banks and regions by hand, and its two steps."""
+"""SIM's equations against naive float64 loops written from the paper; its banks and regions by hand; its two steps."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def mean_feature(f, cells):
 
 
 def regions_of(L, k):
-    """T of Eq. (7), 8-connected, found in reading order, then sorted by area."""
+    """T of Eq. (7), 8-connected, in reading order, then sorted by area."""
     regions, seen = [], set()
     for start in cells_of(L, k):
         region, stack = [], [start]
@@ -76,7 +76,7 @@ def distance(a, b):
 
 
 def eq5(feat, label_maps, classes, w):
-    """class -> ring, and how often it was written."""
+    """Returns: class -> ring, class -> number of writes."""
     S, c = {b: [None] * w for b in classes}, {b: 0 for b in classes}
     for f, L in zip(feat.tolist(), label_maps.tolist()):
         for b in classes:
@@ -121,7 +121,7 @@ def eq8(feat, label_maps, S, z):
 
 
 def filled(classes, slots, entries, seed=0, dim=5):
-    """A float64 bank with `entries` random features per class, and the same as lists."""
+    """A float64 bank with `entries` random features per class, and the same features as lists."""
     bank = sim.FeatureBank(classes, slots, dim).double()
     S = {}
     for k, n in zip(classes, entries):
@@ -166,9 +166,9 @@ def test_eqs_2_and_3():
 
 def test_signs_of_eqs_2_and_3():
     zero, sure = torch.zeros(1, 1, 2, 2), torch.full((1, 1, 2, 2), 200.0)
-    # A perfect discriminator: the target's output is taken for the target's (+), the source's for the source's (-).
+    # A perfect discriminator says "target" (+) for target outputs and "source" (-) for source outputs.
     assert sim.discriminator_loss(-sure, sure) == 0 and sim.adversarial_loss(sure) == 200
-    assert sim.discriminator_loss(sure, -sure) == 400 and sim.adversarial_loss(-sure) == 0           # one that is always wrong
+    assert sim.discriminator_loss(sure, -sure) == 400 and sim.adversarial_loss(-sure) == 0           # always wrong
     assert sim.adversarial_loss(zero).item() == pytest.approx(math.log(2))
     assert sim.discriminator_loss(zero, zero).item() == pytest.approx(2 * math.log(2))
     d_s, d_t = zero.clone().requires_grad_(), zero.clone().requires_grad_()
@@ -186,10 +186,10 @@ def test_the_game_through_a_discriminator():
     sim.discriminator_loss(D(source), D(target)).backward()
     optimizer.step()
     after = D(target).mean(), D(source).mean()
-    assert after[0] - after[1] > before[0] - before[1]                           # D tells them apart better
+    assert after[0] - after[1] > before[0] - before[1]                           # D separates them better
     target.requires_grad_()
     sim.adversarial_loss(D(target)).backward()
-    assert D(target - target.grad).mean() < D(target).mean()                     # and G makes it say "source" of the target
+    assert D(target - target.grad).mean() < D(target).mean()                     # and G makes D say "source" for the target
 
 
 def test_discriminator_is_that_of_sec_5_1():
@@ -209,7 +209,7 @@ def test_discriminator_is_that_of_sec_5_1():
         for conv in convs:
             x = nn.functional.conv2d(x, conv.weight, conv.bias, stride=2, padding=1)
             last, x = x, torch.where(x > 0, x, 0.2 * x)
-        torch.testing.assert_close(D(prob), last)                                # nothing after the last
+        torch.testing.assert_close(D(prob), last)                                # no layer after the last
         assert D(torch.rand(1, 19, 95, 64)).shape == (1, 1, 2, 2) and D(torch.rand(1, 19, 96, 64)).shape == (1, 1, 3, 2)
 
 
@@ -271,7 +271,7 @@ def test_regions_of_drawn_maps(case):
 
 @pytest.mark.parametrize("limit", [1, 10, 12, 100])
 def test_at_most_limit_regions_the_largest(limit):
-    """More than 10 regions: 1-pixel ones before, between and after two larger ones."""
+    """More than 10 regions: single pixels before, between and after two larger ones."""
     label_map = torch.full((7, 15), IGNORE)
     label_map[::2, ::2] = 3                                                      # 4 x 8 single pixels
     label_map[2, 4:7], label_map[6, 12:] = 3, 3                                  # two regions of 3
@@ -319,7 +319,7 @@ def test_a_ring_over_its_wrap_around():
 @pytest.mark.parametrize("begin", range(5))
 @pytest.mark.parametrize("count", range(10))
 def test_several_writes_at_once(begin, count):
-    """The same places as one after the other, also where they go around, and where there are more than places."""
+    """The same places as single writes, also across the end of the ring and for more features than places."""
     one, many = sim.FeatureBank([6, 7], 4, 3), sim.FeatureBank([6, 7], 4, 3)
     for bank in (one, many):
         for n in range(begin):
@@ -335,22 +335,22 @@ def test_resume_with_a_half_filled_bank(tmp_path):
     def write(bank, first, last):
         for n in range(first, last):
             bank.write([1, 4][n % 3 == 0], random(6, seed=n).float())
-    undisturbed, begun = sim.FeatureBank([1, 4, 6], 8, 6), sim.FeatureBank([1, 4, 6], 8, 6)
+    undisturbed, interrupted = sim.FeatureBank([1, 4, 6], 8, 6), sim.FeatureBank([1, 4, 6], 8, 6)
     write(undisturbed, 0, 20)
-    write(begun, 0, 14)                                                          # class 1 wrapped, 4 half full, 6 empty
-    torch.save(begun.state_dict(), tmp_path / "bank.pt")
-    again = sim.FeatureBank([1, 4, 6], 8, 6)
-    again.load_state_dict(torch.load(tmp_path / "bank.pt", weights_only=True))
-    assert set(begun.state_dict()) == {"features", "written"} and again.written.tolist() == [9, 5, 0]
-    assert all(torch.equal(again.samples(k), begun.samples(k)) for k in (1, 4, 6)) and len(again.samples(4)) == 5
-    write(again, 14, 20)
-    assert all(torch.equal(again.state_dict()[key], undisturbed.state_dict()[key]) for key in ("features", "written"))
+    write(interrupted, 0, 14)                                                          # class 1 wrapped, 4 part full, 6 empty
+    torch.save(interrupted.state_dict(), tmp_path / "bank.pt")
+    resumed = sim.FeatureBank([1, 4, 6], 8, 6)
+    resumed.load_state_dict(torch.load(tmp_path / "bank.pt", weights_only=True))
+    assert set(interrupted.state_dict()) == {"features", "written"} and resumed.written.tolist() == [9, 5, 0]
+    assert all(torch.equal(resumed.samples(k), interrupted.samples(k)) for k in (1, 4, 6)) and len(resumed.samples(4)) == 5
+    write(resumed, 14, 20)
+    assert all(torch.equal(resumed.state_dict()[key], undisturbed.state_dict()[key]) for key in ("features", "written"))
 
 
 def test_store_stuff_is_eq_5():
     feat, label_map = random(7, 5, 4, 6), labels(7, 4, 6, K=4, seed=3)
     label_map[label_map == 3] = 2
-    label_map[2:4][label_map[2:4] == 1] = 0                                      # absent in two images: its counter waits
+    label_map[2:4][label_map[2:4] == 1] = 0                                      # absent in two images: no write
     bank = sim.FeatureBank([3, 1, 0], 4, 5).double()
     S, c = eq5(feat, label_map, [3, 1, 0], 4)
     for part in (slice(0, 1), slice(1, 4), slice(4, 7)):                         # batches of 1, 3, 3
@@ -370,7 +370,7 @@ def test_store_instances_is_algorithm_1(z):
     sim.store_instances(feat[:2], label_map[:2], bank, z)
     sim.store_instances(feat[2:], label_map[2:], bank, z)
     assert bank.written.tolist() == [c[k] for k in (2, 1, 3)] and len(bank.samples(3)) == 0
-    assert (z == 1 and c[1] == 3) or (z == 2 and c[1] == 6) or c[1] > 7          # in part written, and wrapped
+    assert (z == 1 and c[1] == 3) or (z == 2 and c[1] == 6) or c[1] > 7          # partly filled, and wrapped
     for k in (2, 1):
         np.testing.assert_allclose(bank.samples(k), [s for s in S[k] if s is not None], rtol=1e-12)
 
@@ -384,7 +384,7 @@ def test_banks_hold_stuff_and_things_by_name(source, count):
     assert len(stuff.classes) == (8 if source == "gta5" else 7)                  # SYNTHIA has no terrain
     assert sorted(stuff.classes + things.classes) == list(range(count))
     assert stuff.features.shape == (len(stuff.classes), 3, 6) and things.features.shape == (len(things.classes), 12, 6)
-    for bank in sim.make_banks(SimpleNamespace(device="meta", classes=classes), cfg, 6):                 # any other device
+    for bank in sim.make_banks(SimpleNamespace(device="meta", classes=classes), cfg, 6):                 # another device
         assert (bank.features.device.type, bank.written.device.type) == ("meta", "cpu")
         bank.write(bank.classes[-1], torch.zeros(6, device="meta"))
         assert bank.samples(bank.classes[-1]).shape == (1, 6) and bank.written[-1] == 1
@@ -395,7 +395,7 @@ def test_banks_hold_stuff_and_things_by_name(source, count):
 
 def test_nearest_sample_by_hand_and_ties():
     query = torch.tensor([[0.0, 0, 0, 0], [4, 4, 4, 4]], dtype=torch.float64)
-    # From the first query: 1-norms 8, 9 and 8: a tie of the first and last, while in the 2-norm the second is nearest.
+    # 1-norms from the first query: 8, 9, 8, so first and last tie; in the 2-norm the second is nearest.
     samples = torch.tensor([[8.0, 0, 0, 0], [2.25, 2.25, 2.25, 2.25], [0, 0, 0, -8]], dtype=torch.float64)
     distances, which = sim.nearest_sample(query, samples)
     assert distances.tolist() == [2, 1.75] and which.tolist() == [0, 1] and which.dtype == torch.int64
@@ -440,7 +440,7 @@ def test_instance_loss_is_eq_8(entries, z):
         assert torch.autograd.gradcheck(lambda f: sim.instance_loss(f, label_map, bank, z), feat.requires_grad_())
 
 
-def test_ten_regions_a_class_and_image_by_default():
+def test_ten_regions_per_class_and_image_by_default():
     """Fifteen single pixels with features 0, 1, .. 14, then a larger region with 20, which comes first."""
     label_map, feat = torch.full((1, 3, 31), IGNORE), torch.zeros(1, 1, 3, 31, dtype=torch.float64)
     label_map[0, 0, :30:2], feat[0, 0, 0, :30:2] = 1, torch.arange(15.0).double()
@@ -462,7 +462,7 @@ def test_losses_by_hand():
     feat[0, :, 0, 3] = 10
     feat[0, 0, 2, :2] = torch.tensor([4, 8])                                     # mean (6, 0)
     stuff, things = sim.FeatureBank([1, 2], 9, 2).double(), sim.FeatureBank([4, 5], 9, 2).double()
-    for k, *value in ((1, 2, 9), (1, 5, 3), (2, 2, 2)):                          # distances 3.5, 2; another class's is not seen
+    for k, *value in ((1, 2, 9), (1, 5, 3), (2, 2, 2)):                          # distances 3.5, 2; class 2 is not used
         stuff.write(k, torch.tensor(value, dtype=torch.float64))
     for k, *value in ((4, 7, 1), (4, 10, 16), (5, 10, 10)):                      # (6, 0): 1, 10; (10, 10): 6, 3
         things.write(k, torch.tensor(value, dtype=torch.float64))
@@ -471,12 +471,12 @@ def test_losses_by_hand():
     assert stf.item() == 2 and ins.item() == (1 + 3) / 2 and sim.instance_loss(feat, label_map, things, 1).item() == 1
     (grad,) = torch.autograd.grad(stf, feat)
     expected = torch.zeros_like(grad)
-    expected[0, :, 0, :2] = torch.tensor([-1.0, -1])[:, None] / 2 / 2            # two channels, two cells; the nearest alone
+    expected[0, :, 0, :2] = torch.tensor([-1.0, -1])[:, None] / 2 / 2            # two channels, two cells; only the nearest
     assert torch.equal(grad, expected)
     (grad,) = torch.autograd.grad(ins, feat)
     expected = torch.zeros_like(grad)
     expected[0, :, 2, :2] = -1 / 2 / 2 / 2                                       # and two regions
-    expected[0, 1, 0, 3] = -1 / 2 / 2                                            # its first channel is there already
+    expected[0, 1, 0, 3] = -1 / 2 / 2                                            # its first channel has distance 0
     assert torch.equal(grad, expected)
 
 
@@ -496,9 +496,9 @@ def test_places_never_written_and_absent_classes_add_nothing(loss):
     feat = torch.zeros(2, 3, 2, 4, requires_grad=True)
     label_map = torch.tensor([[[0, 0, 1, 1], [0, 0, 1, 1]], [[IGNORE] * 4, [2] * 4]])
     bank = sim.FeatureBank([0, 1, 2, 3], 5, 3)
-    assert loss(feat, label_map, bank).item() == 0                               # nothing is kept yet
+    assert loss(feat, label_map, bank).item() == 0                               # nothing is stored yet
     bank.write(0, torch.full((3,), 10.0))
-    assert loss(feat, label_map, bank).item() == 5                               # from the first entry on, never with zeros
+    assert loss(feat, label_map, bank).item() == 5                               # matched to the first entry, never to zeros
     bank.write(3, torch.full((3,), 99.0))                                        # a class that no image has
     total = loss(feat, label_map, bank)
     (grad,) = torch.autograd.grad(total, feat)
@@ -515,16 +515,16 @@ def test_no_gradient_reaches_the_bank():
     sim.store_stuff(2 * feat_s, label_map, stuff)
     sim.store_instances(2 * feat_s, label_map, things)
     stuff.write(0, feat_s[0, :, 0, 0])
-    kept = stuff.features.clone(), things.features.clone()
+    stored = stuff.features.clone(), things.features.clone()
     assert not any(t.requires_grad for bank in (stuff, things) for t in (bank.features, bank.samples(bank.classes[0])))
     (sim.stuff_loss(feat_t, label_map, stuff) + sim.instance_loss(feat_t, label_map, things)).backward()
     assert feat_s.grad is None and feat_t.grad.abs().sum() > 0
-    assert torch.equal(stuff.features, kept[0]) and torch.equal(things.features, kept[1]) and not list(stuff.parameters())
+    assert torch.equal(stuff.features, stored[0]) and torch.equal(things.features, stored[1]) and not list(stuff.parameters())
 
 
 def test_bfloat16_features_give_float32_losses():
     half, label_map = (100 * random(2, 5, 16, 32)).bfloat16(), labels(2, 16, 32, K=3)
-    label_map[:, 4:12, :28] = 0                                                  # more cells than bfloat16 can count: 256
+    label_map[:, 4:12, :28] = 0                                                  # more cells than bfloat16 counts exactly: 256
     label_map[:, 4:12, 28] = IGNORE
     for store, loss in ((sim.store_stuff, sim.stuff_loss), (sim.store_instances, sim.instance_loss)):
         bank, exact = sim.FeatureBank([0, 1, 2], 4, 5), sim.FeatureBank([0, 1, 2], 4, 5).double()
@@ -594,7 +594,7 @@ def test_pseudo_labels_are_eq_9():
 @pytest.mark.parametrize(("prediction", "pseudo", "expected"), [
     (3, 3, 3), (3, 5, 5), (5, 3, 3), (0, 5, 5), (3, 0, 0), (3, IGNORE, 3), (0, IGNORE, 0), (IGNORE, 5, 5), (IGNORE, 0, 0),
     (IGNORE, IGNORE, IGNORE)])
-def test_every_combination_of_eq_11(prediction, pseudo, expected):
+def test_all_combinations_of_eq_11(prediction, pseudo, expected):
     got = sim.augmented_label_map(torch.tensor([[[prediction, 1]]]), torch.tensor([[[pseudo, IGNORE]]]))
     assert got.tolist() == [[[expected, 1]]] and got.dtype == torch.int64
 
@@ -723,7 +723,7 @@ class Tiny(nn.Module):
 
 
 class FakeRun:
-    """What train_step uses of a run, in float64."""
+    """What train_step uses of a run; in float64."""
 
     def __init__(self, batches):
         self.batches, self.losses = batches, []
@@ -750,7 +750,7 @@ def enlarged(logits):
 
 
 def reference(step, cfg, model, D, stuff, things, batches):
-    """Eqs. (12) and (13), with SGD and Adam written out. Returns what was reported, and the last gradients of G and D."""
+    """Eqs. (12) and (13), with SGD and Adam written out. Returns: reported losses, last gradients of G and of D."""
     parts = [(list(model.encoder.parameters()), cfg.lr), (list(model.head.parameters()), 10 * cfg.lr)]
     G, weights = [(p, lr) for ps, lr in parts for p in ps], list(D.parameters())
     v, m, s = [0] * len(G), [0] * len(weights), [0] * len(weights)
@@ -758,9 +758,9 @@ def reference(step, cfg, model, D, stuff, things, batches):
     for t, ((x_s, y_s), (x_t, _, *y_hat)) in enumerate(batches, start=1):
         (feat_s, logits_s), (feat_t, logits_t) = model(x_s), model(x_t)
         prob_s, prob_t = (enlarged(z).softmax(dim=1) for z in (logits_s, logits_t))
-        correct, predicted = y_s[:, 4::8, 4::8].clone(), logits_t.argmax(dim=1)  # of 8 pixels the fifth: 3.5 to 4.5
+        correct, predicted = y_s[:, 4::8, 4::8].clone(), logits_t.argmax(dim=1)  # of 8 pixels the fifth: floor(8 / 2)
         correct[logits_s.argmax(dim=1) != correct] = IGNORE
-        sim.store_stuff(feat_s, correct, stuff)                                  # kept before the target is matched
+        sim.store_stuff(feat_s, correct, stuff)                                  # stored before the target is matched
         sim.store_instances(feat_s, correct, things, cfg.z)
         losses = {"seg_s": sim.segmentation_loss(logits_s, y_s)}
         if step == 2:
@@ -796,7 +796,7 @@ def test_a_step_is_eq_12_or_13(step):
     batches = []
     for it in range(2):
         x_s, x_t = random(2, 3, 32, 64, seed=it), random(2, 3, 32, 64, seed=10 + it) + 0.3
-        with torch.no_grad():                                                    # a part is predicted correctly, pixel by pixel
+        with torch.no_grad():                                                    # part of the pixels is predicted correctly
             y_s = models[0](x_s)[1].argmax(dim=1).repeat_interleave(8, 1).repeat_interleave(8, 2)
         wrong = labels(2, 32, 64, K=4, seed=it)
         y_s = torch.where(labels(2, 32, 64, K=3, seed=20 + it, ignored=0) == 0, wrong, y_s)
@@ -818,8 +818,8 @@ def test_a_step_is_eq_12_or_13(step):
             torch.testing.assert_close(ours.state_dict()[key], value, **same)
     for p, g in [*zip(models[0].parameters(), grad_G), *zip(run.state["D"].parameters(), grad_D)]:
         torch.testing.assert_close(p.grad, g, **same)
-    kept = [value for value in run.state.values() if isinstance(value, nn.Module)]
-    assert {id(value) for value in kept} == {id(value) for value in (models[0], *banks[0], run.state["D"])}
+    in_state = [value for value in run.state.values() if isinstance(value, nn.Module)]
+    assert {id(value) for value in in_state} == {id(value) for value in (models[0], *banks[0], run.state["D"])}
     assert sum(isinstance(value, torch.optim.Optimizer) for value in run.state.values()) == 2
 
 
@@ -828,8 +828,8 @@ def arguments(city, runs, *more):
     return ["--data", str(city), "--runs", str(runs), *small.split(), "--iterations", "3", *more]
 
 
-def handed(dataset):
-    """What a data set gives to a stage: whose images, evaluation and training items, what is random, labels, maps."""
+def contents(dataset):
+    """What a data set gives to a stage: images, sizes of evaluation and training items, augmentation, maps, labels."""
     item, training_item = dataset[0], dataset[0, 5]
     return {"images": [str(pair.image) for pair in dataset.pairs], "size": tuple(item[0].shape[1:]),
             "cropped": tuple(training_item[0].shape[1:]), "augment": dataset.augment, "maps": dataset.maps,
@@ -838,7 +838,7 @@ def handed(dataset):
 
 
 def batch_norm(model):
-    """(the encoder's, the others): for each whether it uses running statistics, and whether it is trained."""
+    """(in the encoder, elsewhere): sets of (uses running statistics, is trained)."""
     kinds = {True: set(), False: set()}
     for name, m in model.named_modules():
         if isinstance(m, nn.BatchNorm2d):
@@ -846,7 +846,7 @@ def batch_norm(model):
     return kinds[True], kinds[False]
 
 
-def test_what_each_stage_is_handed(city, tmp_path, monkeypatch):
+def test_what_each_stage_receives(city, tmp_path, monkeypatch):
     data = tmp_path / "data"
     shutil.copytree(city, data)
     for pair in find_pairs(data, "gta5")[:2]:                                    # 6 of the source, 8 and 3 of the target
@@ -862,12 +862,12 @@ def test_what_each_stage_is_handed(city, tmp_path, monkeypatch):
     def train_step(run, cfg, step, model, stuff, things, source, target, note=None, _train=sim.train_step):
         steps.append({"step": step, "cfg": cfg, "begin": weights(model), "batch_norm": batch_norm(model),
                       "training": model.training, "banks": [(bank.slots, int(bank.written.sum())) for bank in (stuff, things)],
-                      "source": handed(source), "target": handed(target)})
+                      "source": contents(source), "target": contents(target)})
         _train(run, cfg, step, model, stuff, things, source, target, note)
         steps[-1]["end"] = weights(model)
 
     def write_pseudo_labels(run, cfg, model, target, folder, _write=sim.write_pseudo_labels):
-        labelled.append({"steps": len(steps), "weights": weights(model), "target": handed(target), "folder": folder})
+        labelled.append({"steps": len(steps), "weights": weights(model), "target": contents(target), "folder": folder})
         return _write(run, cfg, model, target, folder)
 
     def same(a, b):
@@ -896,7 +896,7 @@ def test_what_each_stage_is_handed(city, tmp_path, monkeypatch):
     (labelling,) = labelled
     assert labelling["steps"] == 1 and same(labelling["weights"], one["end"])
     assert labelling["target"] == target and labelling["folder"] == folder
-    assert one["batch_norm"] == two["batch_norm"] == ({(False, False)}, set())   # batch statistics, affine parameters fixed
+    assert one["batch_norm"] == two["batch_norm"] == ({(False, False)}, set())   # batch statistics, fixed affine parameters
     assert upper["batch_norm"] == ({(False, True)}, set()) and all(step["training"] for step in steps)
     assert all(step["banks"] == [(7, 0), (14, 0)] for step in steps)
 
@@ -939,7 +939,7 @@ def test_step_2_learns_from_step_1(city, tmp_path, monkeypatch):
         return spy
 
     def write_pseudo_labels(run, cfg, model, *rest, _write=sim.write_pseudo_labels):
-        return _write(run, cfg, model.train(), *rest)                            # as it comes from --from
+        return _write(run, cfg, model.train(), *rest)                            # the mode after --from
     monkeypatch.setattr(sim, "train_step", train_step)
     monkeypatch.setattr(sim, "write_pseudo_labels", write_pseudo_labels)
     monkeypatch.setattr(sim, "augmented_label_map", augment)
@@ -949,7 +949,7 @@ def test_step_2_learns_from_step_1(city, tmp_path, monkeypatch):
     folder = tmp_path / "sim-gta5"
     first = torch.load(folder / "step1.pt", weights_only=True)["state"]["model"]
 
-    # Step 2 starts anew: the initial weights, empty banks.
+    # Step 2 starts again from the initial weights, with empty banks.
     assert all(torch.equal(started[2][0][key], started[1][0][key]) for key in first)
     assert not torch.equal(first["encoder.conv1.weight"], started[2][0]["encoder.conv1.weight"])
     assert started[1][1:] == started[2][1:] == (0, True)
@@ -978,9 +978,9 @@ def test_step_2_learns_from_step_1(city, tmp_path, monkeypatch):
         assert torch.equal(png[certain], expected[certain]) and certain.float().mean() > 0.9
         pngs.add(tuple(png[4::8, 4::8].flatten().tolist()))
     assert len(data) == len(list(folder.glob("pseudo_labels/**/*.png"))) and len(predicted.unique()) > 1
-    assert 0 < sum(k != IGNORE for png in pngs for k in png) < len(pngs) * 32            # some labelled, some not
+    assert 0 < sum(k != IGNORE for png in pngs for k in png) < len(pngs) * 32            # some have labels, some have none
 
-    # Eq. (11) in step 2 alone, with the files on the grid; both losses see its result.
+    # Eq. (11) is used only in step 2, with the files on the grid; both losses get its result.
     assert len(augmented) == 3 and len(matched[1]) == len(matched[2]) == 6
     for n, (prediction, pseudo, result) in enumerate(augmented):
         assert pseudo.shape == prediction.shape == (1, 4, 8) and tuple(pseudo.flatten().tolist()) in pngs
@@ -989,10 +989,10 @@ def test_step_2_learns_from_step_1(city, tmp_path, monkeypatch):
 
 
 class Killed(BaseException):
-    """Nothing catches it, as nothing catches a kill."""
+    """Like a real kill, it is not caught."""
 
 
-def test_killed_between_a_step_and_its_pictures_it_draws_them_when_it_goes_on(city, tmp_path, monkeypatch):
+def test_a_run_killed_before_its_pictures_draws_them_after_resume(city, tmp_path, monkeypatch):
     sim.main(arguments(city, tmp_path, "--tag", "undisturbed"))
     pictures = {step: (tmp_path / f"sim-gta5-undisturbed/step{step}-matches.png").read_bytes() for step in (1, 2)}
     results, folder, kills = (tmp_path / "sim-gta5-undisturbed/results.json").read_text(), tmp_path / "sim-gta5-killed", []

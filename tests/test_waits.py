@@ -1,7 +1,7 @@
-"""How often an iteration of each script's training stages makes the CPU wait for a GPU, counted without one.
+"""How often the CPU waits for a GPU in an iteration of each training stage, counted without a GPU.
 
-`Gpu` stands for a device: its tensors keep their values on the CPU, and it notes whatever would make the CPU wait. On a real
-one torch.cuda.set_sync_debug_mode counts the same."""
+`Gpu` stands for a device. Its tensors hold their values on the CPU, and it records each operation that would make the CPU wait.
+On a real GPU, torch.cuda.set_sync_debug_mode counts the same operations."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ from common.deeplab import build_model
 from common.metrics import evaluate
 from common.run import Run
 
-DEVICE = torch.device("meta")                                    # one whose backward pass needs no driver
+DEVICE = torch.device("meta")                                    # its backward pass needs no driver
 SIZED_BY_VALUES = {"nonzero", "masked_select", "bincount", "_unique2", "unique_dim", "unique_consecutive"}
 
 
 class OnGpu(torch.Tensor):
-    """A tensor that says that it is on the GPU; `host` has its values."""
+    """A tensor that reports the GPU as its device; `host` holds its values."""
 
     @staticmethod
     def __new__(cls, host: torch.Tensor):
@@ -43,7 +43,7 @@ class OnGpu(torch.Tensor):
 
 
 class FromNumbers(TorchFunctionMode):
-    """Makes a tensor of Python's numbers on the CPU and copies it, as CUDA does."""
+    """Builds a tensor from Python numbers on the CPU and then copies it, as CUDA does."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = dict(kwargs or {})
@@ -56,7 +56,7 @@ class FromNumbers(TorchFunctionMode):
 
 
 class Gpu(TorchDispatchMode):
-    """waits: the operations at which the CPU would have waited."""
+    """waits: the operations that would make the CPU wait."""
 
     def __init__(self):
         super().__init__()
@@ -77,11 +77,11 @@ class Gpu(TorchDispatchMode):
 
 
 def waits(name: str, args: tuple, kwargs: dict, here: bool, there: bool) -> bool:
-    """Whether an operation makes the CPU wait. here, there: whether its tensors, and its result, are on the GPU."""
+    """Whether an operation makes the CPU wait. here: its tensors are on the GPU; there: its result is."""
     if name in ("_to_copy", "copy_"):
-        goes, comes = (isinstance(args[0], OnGpu), isinstance(args[1], OnGpu)) if name == "copy_" else (there, here)
-        without = kwargs.get("non_blocking") or args[2:] == (True,)                      # pinned, or staged by the driver
-        return goes != comes and (comes or not without)
+        to_gpu, from_gpu = (isinstance(args[0], OnGpu), isinstance(args[1], OnGpu)) if name == "copy_" else (there, here)
+        asynchronous = kwargs.get("non_blocking") or args[2:] == (True,)                      # pinned or staged
+        return to_gpu != from_gpu and (from_gpu or not asynchronous)
     if name in ("index", "index_put_") and here:
         indices = [x for x in args[1] if x is not None]
         as_fill = name == "index_put_" and args[2].numel() == 1
@@ -90,7 +90,7 @@ def waits(name: str, args: tuple, kwargs: dict, here: bool, there: bool) -> bool
 
 
 class TwoIterations:
-    """Stands in for a Run on `gpu`: hands the same batches to a stage twice. waits: those of the second time."""
+    """A Run on `gpu` that gives a stage the same batches twice. waits: those of the second iteration."""
 
     device, rank, classes, options = DEVICE, 0, class_list("gta5"), SimpleNamespace(seed=0)
     item_seeds, autocast = Run.item_seeds, staticmethod(contextlib.nullcontext)
@@ -119,7 +119,7 @@ def network(kind: str = "v3+") -> torch.nn.Module:
 
 
 def batch(maps: int) -> list[torch.Tensor]:
-    """Two images of 64x64 with this number of labels and maps, of 16 squares each."""
+    """Two images of 64x64, and `maps` labels or maps of 16 squares each."""
     squares = [torch.randint(0, 19, (2, 4, 4)) for _ in range(maps)]
     return [torch.randn(2, 3, 64, 64), *(x.repeat_interleave(16, 1).repeat_interleave(16, 2) for x in squares)]
 
@@ -132,7 +132,7 @@ def centers() -> torch.Tensor:
     return c2f.category_centers(torch.randn(19, 256), torch.ones(19)).to(DEVICE)
 
 
-STAGES = {                                             # stage, labels and maps of each batch, how often it may wait
+STAGES = {                                             # stage, number of labels and maps per batch, most waits
     "fada source": (lambda run: fada.train(run, fada.Config(), "source", 2, network("v2"), None), [1], 0),
     "fada adversarial": (lambda run: fada.adversarial(run, fada.Config(), network("v2"), None, None), [1, 1], 0),
     "cag source": (lambda run: cag.train_source(run, cag.Config(), network("v3+"), None, 2), [1], 0),

@@ -203,7 +203,7 @@ def test_source_and_target_from_the_same_data_set(own, capsys):
     clear = results(own, "fada-cityscapes-clear")["source"]
     assert same(trained(own, "fada-cityscapes"), trained(own, "fada-cityscapes-clear"))        # the source is --data's
     assert foggy["single-scale"]["matrix"] != clear["single-scale"]["matrix"]                  # the target is not
-    assert "--ccd compares two" in start(capsys, own, *flags, "--target-data", str(other), "--ccd", expect=2)
+    assert "--ccd needs two" in start(capsys, own, *flags, "--target-data", str(other), "--ccd", expect=2)
 
 
 def test_weights_that_are_not_finite_are_not_evaluated(own, capsys):

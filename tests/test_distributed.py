@@ -28,7 +28,7 @@ SMALL = ("--backbone resnet18 --init none --freeze-bn all --source-size 64x32 --
 FLAGS = {                                              # {b}: images per process, {b2}: twice that
     "bismap": "--warmup-iterations 2 --selftrain-iterations 2 --distill-iterations 2 --warmup-batch-size {b} --batch-size {b} "
               "--crop 64x32 --stm-backbone warmup --samples 300 --stm-samples 300 --components 2 --J 3 --pl-ratio 0.6 "
-              "--test-scales 1.0 --lr 1e-2 --adapt-lr 1e-4",
+              "--test-scales 1.0 --lr 1e-4 --adapt-lr 1e-4",
     "c2f": "--step0-iterations 2 --step-iterations 2 --K 1 --crop 64x32 --batch-size {b} --lr 1e-2 --triplet-target",
     "cag": "--source-iterations 2 --warmup-epochs 0.5 --stage-epochs 0.5 --K 1 --crop 64x32 --margin 0.05 --batch-size {b} "
            "--lr 1e-3 --terms ce_t ce_tP dis_s dis_t dis_tP --threshold 0.1",

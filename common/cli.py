@@ -64,29 +64,26 @@ def parse(prog: str, doc: str, classes: tuple[type, ...], argv: list[str] | None
     `toy`: the defaults with --toy. A field `command` receives a shell line that repeats this start from any folder.
     Raises: SystemExit(2) after one sentence."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    fields = [field for cls in reversed(classes) for field, _ in flags(cls)]
-    defaults = {field.name: field.default for field in fields} | (toy if toy and "--toy" in argv else {})
+    fields = {field.name: (field, kind) for cls in reversed(classes) for field, kind in flags(cls)}    # the method's overrule
+    defaults = {name: field.default for name, (field, _) in fields.items()} | (toy if toy and "--toy" in argv else {})
     if help_flags := {"-h", "--help", "--help-all"} & set(argv):
         from common import usage  # only --help needs it
         print(usage.text(prog, doc, classes, defaults, everything="--help-all" in help_flags))
         raise SystemExit(0)
     parser = _Parser(prog=prog, add_help=False, allow_abbrev=False)
-    described: set[str] = set()
-    for cls in classes:
-        for field, kind in [pair for pair in flags(cls) if pair[0].name not in described]:
-            described.add(field.name)
-            arguments: dict = {"dest": field.name, "default": argparse.SUPPRESS}
-            kinds = typing.get_args(kind)
-            if kind is bool:
-                arguments["action"] = argparse.BooleanOptionalAction
-            else:
-                arguments |= {"type": _reader(field, (kinds or (kind,))[0]), "choices": field.metadata["choices"] or None,
-                        "metavar": "X", "nargs": None if not kinds else "+" if kinds[-1] is ... else len(kinds)}
-            parser.add_argument(flag(field.name), **arguments)
+    for field, kind in fields.values():
+        arguments: dict = {"dest": field.name, "default": argparse.SUPPRESS}
+        kinds = typing.get_args(kind)
+        if kind is bool:
+            arguments["action"] = argparse.BooleanOptionalAction
+        else:
+            arguments |= {"type": _reader(field, (kinds or (kind,))[0]), "choices": field.metadata["choices"] or None,
+                    "metavar": "X", "nargs": None if not kinds else "+" if kinds[-1] is ... else len(kinds)}
+        parser.add_argument(flag(field.name), **arguments)
     values = defaults | vars(parser.parse_args(argv))
     if values.get("eval") or values.get("predict"):
         from common import start  # only --eval needs it: typed flags replace those of the evaluated run
-        defining = {field.name for field in fields if field.metadata["defines_run"]}
+        defining = {name for name, (field, _) in fields.items() if field.metadata["defines_run"]}
         values |= vars(parser.parse_args([*start.trained_with(prog.removesuffix(".py"), values, defining), *argv]))
     script = str(Path(__file__).resolve().parents[1] / prog)
     values["command"] = f"cd {shlex.quote(os.getcwd())} && {shlex.join([sys.executable, script, *argv])}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import sys
 import warnings
@@ -16,6 +17,7 @@ def join() -> tuple[int, int]:
     """Under torchrun, join the other processes of the run. Returns: the rank of this process, and the number of processes."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not distributed.is_initialized():
         distributed.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+        atexit.register(distributed.destroy_process_group)       # without it, gloo's threads can abort the ending process
         if distributed.get_rank():
             sys.stdout = open(os.devnull, "w")                   # only the first process prints
     return (distributed.get_rank() if world_size() > 1 else 0), world_size()

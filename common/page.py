@@ -109,14 +109,17 @@ def mean_and_range(values: list[float], digits: int = 1, sign: str = "+") -> str
 
 
 def mean_text(values: list[float]) -> str:
+    """The mean with one digit; "-" without values."""
     return f"{statistics.fmean(values):.1f}" if values else "-"
 
 
 def percent(share: float | None) -> str:
+    """A share in percent, without digits; "-" for None."""
     return "-" if share is None else f"{100 * share:.0f} %"
 
 
 def markdown(head: list[str], rows: list[list[str]]) -> str:
+    """A Markdown table; each row has as many cells as the head."""
     return "".join(f"| {' | '.join(cells)} |\n" for cells in (head, ["---"] * len(head), *rows))
 
 

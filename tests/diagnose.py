@@ -2,6 +2,7 @@
 
     python tests/diagnose.py runs/*-i2c-* --data PATH         adds new results to docs/results/i2c/diagnosis.json
     python tests/diagnose.py --margin runs/c2f-gta5-i2c-source-0/step0.pt --data PATH         CAG's margin for this network
+    python tests/diagnose.py runs/*-i2c-*-0 --data PATH --strip predictions.png               only draw the predictions
 
 Pseudo labels (CAG, C2F, BiSMAP, SIM) are compared with the labels of the target's training images. Features are taken from
 --images target images that have labels to test, and as many source images: those of the validation set below --held, or the
@@ -31,7 +32,7 @@ sys.path.insert(0, str(HERE))
 import cag  # noqa: E402
 import fada  # noqa: E402
 import sim  # noqa: E402
-from common import data, layouts, page  # noqa: E402
+from common import data, layouts, page, viz  # noqa: E402
 from common.cli import Size  # noqa: E402
 from common.data import IGNORE  # noqa: E402
 from common.deeplab import Structure, at_least_float32, make_network, resize_label, upsample  # noqa: E402
@@ -198,6 +199,29 @@ def margin(path: str, domains: Domains) -> float:
     return torch.cdist(anchors, anchors).fill_diagonal_(torch.inf).amin(dim=1).median().item() / 2
 
 
+def strip(path: str, folders: list[Path], domains: Domains) -> None:
+    """Draw the predictions of each main row of the tables on three photographs, a column per row; wrong pixels are pale. The
+    photographs are not drawn: their terms do not allow copies. folders: run folders of one seed."""
+    known = {f"{config['method']} {page.run_name(folder, config)[1]}": (folder, config)
+             for folder in folders for config in [read_json(folder / "config.json")]}
+    photographs, columns = [domains.target[k * len(domains.target) // 3] for k in range(3)], {}
+    steps = [(f"{step.method}, {step.name}", step.run) for step in page.STEPS if step.main]
+    for title, row in [("source only, v3+", page.SOURCE["v3+"]), *steps]:
+        run, stage = row.rsplit(" ", 1)
+        folder, config = known.get(run, (Path(), {}))
+        if (folder / f"{stage}.pt").exists():
+            model, _ = network(folder / f"{stage}.pt", config["method"], config, len(domains.classes))
+            columns[title] = [drawn(upsample(logits, size).argmax(dim=1)[0], label, domains.classes)
+                              for (_, logits, _, size), (_, label, *_) in zip(passes(model, photographs, config), photographs)]
+    viz.contact_sheet(path, list(zip(*columns.values(), strict=True)), list(columns), domains.classes, width=256)
+
+
+def drawn(prediction: Tensor, label: Tensor, classes: data.ClassList) -> np.ndarray:
+    """A prediction (H, W) in the classes' colours, (H, W, 3) uint8; pale where it differs from the label (H, W)."""
+    wrong = (label != IGNORE) & (label != prediction)
+    return np.where(wrong[..., None], 192 + viz.colorize(prediction, classes) // 4, viz.colorize(prediction, classes))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="*", type=Path, help="run folders")
@@ -205,12 +229,15 @@ def main() -> None:
     parser.add_argument("--held", help="folder whose target validation images are held-out source images")
     parser.add_argument("--images", type=int, default=50, help="per domain, for features [%(default)s]")
     parser.add_argument("--margin", metavar="CHECKPOINT", help="only print CAG's margin for this source model")
+    parser.add_argument("--strip", metavar="PNG", help="only draw the predictions of these runs, all of one seed")
     parser.add_argument("--root", type=Path, default=HERE, help="folder that holds docs/ [this checkout]")
     args = parser.parse_args()
     torch.set_num_threads(1)
     if args.margin:
         config = load(args.margin)["options"] | load(args.margin)["config"]
         return print(f"margin: {margin(args.margin, Domains(config, args.data, None, 10**9)):.2g}")
+    if args.strip:
+        return strip(args.strip, args.runs, Domains(read_json(args.runs[0] / "config.json"), args.data, None, args.images))
     domains = {}
     for folder in args.runs:
         config = read_json(folder / "config.json")

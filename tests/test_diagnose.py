@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 
 import diagnose
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import cag
 import fada
 from common import data, layouts, page
 from common.data import IGNORE
+from common.deeplab import upsample
 
 SHORT = ["--backbone", "resnet18", "--init", "none", "--source-size", "64x32", "--target-size", "64x32", "--workers", "0",
          "--crop", "64x32", "--device", "cpu"]
@@ -32,6 +35,12 @@ def test_center_distances():
     label = torch.tensor([[[1, IGNORE, IGNORE, 0]]])                        # both nearer to the other's centre
     pixels, own, other, nearest = diagnose.center_distances(feat, label, centers).tolist()
     assert own == pytest.approx([3, 3, 0]) and other == pytest.approx([1, 1, 0]) and nearest == [0, 0, 0]
+
+
+def test_a_wrong_pixel_is_drawn_pale():
+    classes, road, sidewalk = data.class_list("gta5"), (128, 64, 128), (244, 35, 232)
+    picture = diagnose.drawn(torch.tensor([[0, 1, 1]]), torch.tensor([[0, 0, IGNORE]]), classes)
+    assert picture.tolist() == [[[*road], [192 + value // 4 for value in sidewalk], [*sidewalk]]]
 
 
 def test_two_runs(city, tmp_path, monkeypatch, capsys):
@@ -94,3 +103,10 @@ def test_class_center_distance_and_discriminator_of_a_measured_model(city, tmp_p
     ccd = fada.class_center_distance(torch.cat(feats), torch.cat(labels)).nanmean().item()
     assert measured["class center distance"]["target"] == pytest.approx(ccd, rel=1e-9)
     assert measured["discriminator"]["target"] == pytest.approx(torch.cat(correct).mean().item(), abs=1e-6)
+    diagnose.strip(str(tmp_path / "strip.png"), [path.parent], domains)                 # one column: no other run is given
+    sheet = np.array(Image.open(tmp_path / "strip.png"))
+    with torch.no_grad():
+        image, label, *_ = domains.target[0]
+        prediction = upsample(model(image[None])[1], label.shape).argmax(dim=1)[0]
+    panel = diagnose.drawn(prediction, label, domains.classes)
+    assert sheet.shape[1] == 256 + 20 and (sheet[30:30 + 128:4, 10:10 + 256:4] == panel).mean() > 0.99

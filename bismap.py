@@ -389,8 +389,10 @@ def phi(images: Tensor, seeds: list[int], operations: int = 2, strength: float =
 
 
 def align(references: list[Path], size: Size | None, seed: int, image: Tensor, _: int, name: str) -> tuple[Tensor, Callable]:
-    """The loader's transform of a source image (3, H, W) uint8: align its crop to a target image, chosen by `name`."""
-    return image, photometric_fit(image, references[derive_seed(seed, "alignment", name) % len(references)], size)
+    """The loader's transform of a source image (3, H, W) uint8: align what a crop needs to a target image, chosen by `name`."""
+    from common.pixels import change_window  # only the loader needs it
+    reference = references[derive_seed(seed, "alignment", name) % len(references)]
+    return image, partial(change_window, photometric_fit(image, reference, size))
 
 
 def torchvision_layer(run: Run, cfg: Config) -> nn.Module:

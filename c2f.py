@@ -245,14 +245,14 @@ def photometric_fit(source: Tensor, reference: Path, size: Size | None, beta: fl
 
     Args: source (3, H, W) uint8; reference: an image file, resized to `size`; beta, kind as in `photometric_align`.
     Returns: a function that aligns a crop, (3, h, w) float32 in [0, 1]."""
-    from common.pixels import by_table, histograms, in_strips, look_up, sample  # only the loader needs it
+    from common.pixels import by_table, histograms, look_up, sample  # only the loader needs it
     x, n = histograms(rgb_to_lab(sample(source) / 255, by_table), 4096)
     values = align_lab(list(zip(x, n)), reference_histograms(reference, size), beta, kind)    # (3, 4096)
 
     def align(crop: Tensor) -> Tensor:
         lab = zip(rgb_to_lab(crop, by_table), values, x[:, 0].tolist(), x[:, -1].tolist())
         return lab_to_rgb(torch.stack([look_up(new, old, low, high) for old, new, low, high in lab]), by_table)
-    return partial(in_strips, align)
+    return align
 
 
 @lru_cache(maxsize=4096)
@@ -352,7 +352,7 @@ def consistency_loss(logits_augmented: Tensor, pseudo_label: Tensor) -> Tensor:
 @dataclass
 class Alignment:
     """The loader's transform of a source image (3, H, W) uint8: align it to a target image chosen by the item's seed.
-    Returns: the image, and a function that aligns its crop; or the image aligned by frequency, in 8 bits, and None."""
+    Returns: the image, and a function that aligns the part which a crop needs; by frequency, the aligned image and None."""
     cfg: Config
     references: list[Path]
     size: Size | None                                  # references are resized to it
@@ -360,7 +360,8 @@ class Alignment:
     def __call__(self, image: Tensor, seed: int, name: str) -> tuple[Tensor, Callable | None]:
         reference, kind = self.references[derive_seed(seed, "reference") % len(self.references)], self.cfg.alignment
         if kind != "frequency":
-            return image, photometric_fit(image, reference, self.size, self.cfg.beta, kind)
+            from common.pixels import change_window  # only the loader needs it
+            return image, partial(change_window, photometric_fit(image, reference, self.size, self.cfg.beta, kind))
         aligned = align_by_frequency(image / 255, read_resized(reference, self.size), self.cfg.window)
         return (255 * aligned).round().byte(), None
 

@@ -80,8 +80,8 @@ def class_list(source: str, target: str = "cityscapes") -> ClassList:
     """The classes of a source -> target pair: 16 from SYNTHIA, else 19. Cross-City's reported mean is over 13."""
     rows = [(i, row) for i, row in enumerate(_CLASSES) if source != "synthia" or row[3] is not None]
     names = tuple(row[0] for _, row in rows)
-    all_indices, thirteen = tuple(range(len(names))), tuple(k for k, name in enumerate(names) if name not in _NOT_IN_13)
-    means = {"mIoU": thirteen if target == "crosscity" else all_indices}
+    thirteen = tuple(k for k, name in enumerate(names) if name not in _NOT_IN_13)
+    means = {"mIoU": thirteen if target == "crosscity" else tuple(range(len(names)))}
     if source == "synthia" and target != "crosscity":
         means["mIoU*"] = thirteen
     return ClassList(names, tuple(row[1] for _, row in rows), tuple(i for i, _ in rows), means)
@@ -252,7 +252,8 @@ class SegmentationDataset(Dataset):
         size: images are resized to it (antialiased), training labels too (nearest); None: no resize.
         maps: folders with one 8-bit one-channel PNG `<folder>/<name>.png` per image, of the resized image's size.
         transform: called with (image uint8 (3,H,W), seed, name) for a training item, after the resize to `size`. It returns an
-            image of the same kind, and None or a function that changes the crop, float32 (3,h,w) in [0,1].
+            image of the same kind, and None or a function (image, size, y, x) -> image, which may change only those pixels that
+            the window [y, x] of the image at another `size` needs: see `pixels.change_window`.
     Raises: UserError with the file's path: see `read_image` and `read_label`; for a missing map; for a label whose proportions
         differ from its image's by more than 2 percent. A training label of another size is resized (nearest).
     """
@@ -260,8 +261,13 @@ class SegmentationDataset(Dataset):
     def __init__(self, pairs: Sequence[Pair], dataset: str, classes: ClassList, size: Size | None,
                  augment: Augment = Augment(), maps: Sequence[str | Path] = (),  # noqa: B008 (frozen)
                  transform: Callable | None = None):
-        self.pairs, self.dataset, self.classes, self.size = list(pairs), dataset, classes, size
-        self.augment, self.maps, self.transform = augment, [Path(folder) for folder in maps], transform
+        self.pairs = list(pairs)
+        self.dataset = dataset
+        self.classes = classes
+        self.size = size
+        self.augment = augment
+        self.maps = list(map(Path, maps))
+        self.transform = transform
         for folder, pair in itertools.product(self.maps, self.pairs):
             if not (folder / f"{pair.name}.png").is_file():
                 raise UserError(f"{folder / pair.name}.png is missing: every image needs a map in {folder}")
@@ -303,7 +309,8 @@ class SegmentationDataset(Dataset):
 
     def _read_label(self, pair: Pair, shape: torch.Size) -> Tensor:
         label = read_label(pair.label, self.dataset, self.classes)
-        (h, w), (height, width) = label.shape, shape
+        h, w = label.shape
+        height, width = shape
         if abs(h * width / (w * height) - 1) > 0.02:
             raise UserError(f"{pair.label} is {w}x{h}, its image {pair.image} {width}x{height}: a label needs its image's "
                             "proportions; restore this pair, or remove it")
@@ -312,15 +319,20 @@ class SegmentationDataset(Dataset):
     def _augment(self, image: Tensor, masks: Tensor, seed: int, name: str) -> tuple[Tensor, Tensor]:
         """image uint8 (3,H,W), masks uint8 (M,H,W) -> the augmented image, normalised, and the masks at the same window."""
         generator = torch.Generator().manual_seed(derive_seed(seed, "augment"))
-        image, change = self.transform(image, seed, name) if self.transform else (image, None)
+        change = None
+        if self.transform:
+            image, change = self.transform(image, seed, name)
         factor = torch.empty(()).uniform_(*self.augment.scale, generator=generator).item()
         size = Size(*(max(1, round(factor * side)) for side in image.shape[:0:-1]))
-        (x, left_right), (y, top_bottom) = (_window(*sides, generator) for sides in zip(size, self.augment.crop or size))
-        image, masks = resize(image, size)[:, y, x].contiguous() / 255, _nearest(masks, size[::-1], y, x)
-        if self.augment.flip and torch.rand((), generator=generator) < 0.5:
-            image, masks = image.flip(-1), masks.flip(-1)
+        flip = torch.rand((), generator=generator) < 0.5 * self.augment.flip
+        (y, top_bottom), (x, left_right) = (
+            _window(*sides, generator) for sides in zip(size[::-1], (self.augment.crop or size)[::-1]))
         if change:
-            image = change(image)
+            image = change(image, size, y, x)
+        image = resize(image, size)[:, y, x].contiguous() / 255
+        masks = _nearest(masks, size[::-1], y, x)
+        if flip:
+            image, masks = image.flip(-1), masks.flip(-1)
         if self.augment.jitter:
             from common.pixels import jitter  # needs torchvision
             image = jitter(image, self.augment.jitter, generator)

@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torchvision import tv_tensors
+from torchvision.transforms import v2
 
 from common.cli import Size, command
 from common.data import (
@@ -445,18 +447,20 @@ def test_jitter_and_transform_change_the_image_only(tmp_path):
         seen.append((image.dtype, tuple(image.shape), seed, name))
         return image, change
 
-    def change(crop):
-        seen.append((crop.dtype, tuple(crop.shape), 0 <= crop.min() <= crop.max() <= 1))
-        return 1 - crop
+    def change(image, size, y, x):
+        seen.append((image.dtype, tuple(image.shape), size, y, x))
+        return 255 - image
 
     jittered = dataset_of(tmp_path, augment=Augment(jitter=0.5))[0, 3]
     transformed = dataset_of(tmp_path, transform=transform)[0, 3]
     assert not torch.equal(jittered[0], plain[0]) and torch.equal(jittered[1], plain[1])
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))
     torch.testing.assert_close(transformed[0] * std + mean, 1 - (plain[0] * std + mean))
-    assert seen == [(torch.uint8, (3, 12, 16), 3, "00000"), (torch.float32, (3, 12, 16), True)]
+    assert seen == [(torch.uint8, (3, 12, 16), 3, "00000"),
+                    (torch.uint8, (3, 12, 16), Size(16, 12), slice(0, 12), slice(0, 16))]
     cropped = dataset_of(tmp_path, augment=Augment(crop=Size(20, 5)), transform=transform)[0, 3][0]      # wider than the image
-    assert seen[3] == (torch.float32, (3, 5, 16), True) and cropped.shape == (3, 5, 20)
+    _, _, size, y, x = seen[3]
+    assert size == Size(16, 12) and y.stop - y.start == 5 and x.start == 0 and x.stop >= 16 and cropped.shape == (3, 5, 20)
     assert (cropped == 0).all(dim=0).any(dim=0).sum() == 4       # the padding has the mean colour; the crop's change leaves it
     without_crop = dataset_of(tmp_path, transform=lambda image, seed, name: (255 - image, None))[0, 3]
     torch.testing.assert_close(without_crop[0], transformed[0])
@@ -486,6 +490,29 @@ def test_an_item_is_a_window_of_the_resized_image_and_label(tmp_path):
                     corners.add((scale, 3 * top // (size[0] - 21), 3 * left // (size[1] - 30)))
         assert matches == [True]
     assert len(corners) > 14                                     # of 2 x 9
+
+
+def test_an_item_is_what_torchvisions_transforms_make_with_the_same_draws(tmp_path):
+    """Resize, RandomHorizontalFlip, RandomCrop and ColorJitter on the whole image. Without flips: torchvision's comes first."""
+    pixels = np.array(Image.fromarray(noise(12, 17)).resize((67, 45), Image.Resampling.BICUBIC))
+    ids = np.array(sorted(CITY_19))[noise(45, 67)[..., 0] % 19].astype(np.uint8)
+    pair = Pair(write_png(tmp_path / "image.png", pixels, 2), write_png(tmp_path / "label.png", ids, 0), "image")
+    dataset = SegmentationDataset([pair], "gta5", GTA, None, Augment(jitter=0.5, scale=(1.0, 1.5), crop=Size(31, 22)))
+    moves = v2.Compose([v2.RandomHorizontalFlip(0.0), v2.RandomCrop((22, 31))])
+    jitter = v2.Compose([v2.ColorJitter(0.5, 0.5, 0.5, 0.2), v2.Normalize(IMAGENET_MEAN, IMAGENET_STD)])
+    for seed in range(12):
+        with torch.random.fork_rng():
+            torch.manual_seed(derive_seed(seed, "augment"))
+            factor = torch.empty(()).uniform_(1.0, 1.5).item()
+            size = [round(factor * 45), round(factor * 67)]
+            image = v2.functional.resize(torch.from_numpy(pixels).permute(2, 0, 1) / 255, size, antialias=True)
+            label = torch.from_numpy(np.vectorize(CITY_19.get)(ids))[None]
+            label = v2.functional.resize(label, size, v2.InterpolationMode.NEAREST_EXACT)
+            image, label = moves(tv_tensors.Image(image), tv_tensors.Mask(label))
+            image = jitter(image)
+        item = dataset[0, seed]
+        assert torch.equal(item[1], label.as_subclass(torch.Tensor)[0])
+        assert (item[0] - image.as_subclass(torch.Tensor)).abs().mean() < 4 / 255          # resized in 8 bits
 
 
 def test_an_item_is_a_function_of_index_and_seed(tmp_path):

@@ -7,6 +7,8 @@ import torch
 from torchvision.transforms import v2
 
 from common import pixels
+from common.cli import Size
+from common.data import resize
 
 
 def test_turned_hues_are_torchvisions():
@@ -30,6 +32,26 @@ def test_jitter_is_torchvisions_of_the_same_seed(strength):
         results.append(pixels.jitter(image, strength, torch.Generator().manual_seed(seed)))
         torch.testing.assert_close(results[-1], expected, rtol=0, atol=2e-5)
     assert strength == 0 or all((results[0] - other).abs().max() > 0.01 for other in results[1:])
+
+
+def test_a_changed_window_is_that_of_the_changed_image():
+    """A window of the resized image depends on the changed pixels only, and these are few."""
+    generator = torch.Generator().manual_seed(0)
+    image = torch.randint(0, 256, (3, 60, 80), generator=generator, dtype=torch.uint8)
+    before = image.clone()
+    for size in (Size(80, 60), Size(113, 85), Size(120, 90), Size(40, 30), Size(55, 41), Size(96, 31)):
+        whole = resize(255 - image, size)
+        for _ in range(20):
+            top, left = (int(torch.randint(0, side - 11, (), generator=generator)) for side in size[::-1])
+            y, x = slice(top, top + 9), slice(left, left + 12)
+            changed = pixels.change_window(lambda region: 1 - region, image, size, y, x)
+            assert torch.equal(resize(changed, size)[:, y, x], whole[:, y, x])
+            different = (changed != image).any(dim=0)
+            for axis, length, old, new in ((1, 9, 60, size.height), (0, 12, 80, size.width)):
+                assert different.any(dim=axis).sum() <= length * old / new + 2 * max(1, old / new) + 4
+    assert torch.equal(image, before)
+    everything = pixels.change_window(lambda region: 1 - region, image, Size(80, 60), slice(0, 70), slice(0, 99))    # padded
+    assert torch.equal(everything, 255 - image)
 
 
 def test_strips_are_the_whole():

@@ -215,38 +215,44 @@ def diagnoses(runs: Runs, kind: str) -> dict[tuple[str, str, str], list]:
     return measured
 
 
+def title(script: str, variant: str, name: str) -> str:
+    """A row's name: "CAG, stage1", or "CAG control, stage1" of a variant that is not the method itself."""
+    method = next(step.method for step in STEPS if step.method.lower() == script)
+    return f"{method}{'' if variant == script else ' ' + variant}, {name}"
+
+
 def labels(pairs: dict[str, Runs], name: str) -> str:
     """Accuracy and coverage of each set of pseudo labels, over all pixels and as means of classes."""
     rows = []
-    for title, matrices in diagnoses(pairs.get(name, {}), "labels").items():
+    for key, matrices in diagnoses(pairs.get(name, {}), "labels").items():
         accuracy, coverage, classes = zip(*map(label_quality, matrices))
         means = [statistics.fmean(cell for cell, of in seed if cell is not None and of is not None) for seed in classes]
-        rows.append([" ".join(title), *(mean_and_range(values, sign="") for values in (accuracy, coverage, means))])
+        rows.append([title(*key), *(mean_and_range(values, sign="") for values in (accuracy, coverage, means))])
     return markdown(["pseudo labels", "accuracy", "coverage", "accuracy, mean of classes"], rows)
 
 
 def label_classes(pairs: dict[str, Runs], name: str) -> str:
-    """Accuracy / coverage of pseudo labels per class, means over the seeds."""
+    """Accuracy / coverage of the methods' pseudo labels per class, means over the seeds."""
     runs = pairs.get(name, {})
-    qualities = {title: [label_quality(matrix)[2] for matrix in matrices]
-                 for title, matrices in diagnoses(runs, "labels").items()}
+    qualities = {title(*key): [label_quality(matrix)[2] for matrix in matrices]
+                 for key, matrices in diagnoses(runs, "labels").items() if "control" not in key}
     rows = []
     for k, of_class in enumerate(next((run["classes"] for run in runs.values()), [])):
         cells = [[[x for x in column if x is not None] for column in zip(*(classes[k] for classes in seeds))]
                  for seeds in qualities.values()]
         if any(coverage for _, coverage in cells):
             rows.append([of_class, *(f"{mean_text(accuracy)} / {mean_text(coverage)}" for accuracy, coverage in cells)])
-    return markdown(["class: accuracy / coverage", *map(" ".join, qualities)], rows)
+    return markdown(["class: accuracy / coverage", *qualities], rows)
 
 
 def features(pairs: dict[str, Runs], name: str) -> str:
     """Class center distances and the discriminators' accuracies, of each stage's model."""
     rows, runs = [], pairs.get(name, {})
     trained = {(script, variant, stage) for (script, variant, _), run in runs.items() for stage in run["stages"]}
-    for title, entries in [item for item in diagnoses(runs, "features").items() if item[0] in trained]:
+    for key, entries in [item for item in diagnoses(runs, "features").items() if item[0] in trained]:
         ccd = [[entry["class center distance"][domain] for entry in entries] for domain in ("source", "target", "both")]
         right = [entry["discriminator"] for entry in entries if "discriminator" in entry]
-        rows.append([" ".join(title), *(mean_and_range(values, 2, "") for values in ccd),
+        rows.append([title(*key), *(mean_and_range(values, 2, "") for values in ccd),
                      *(mean_text([100 * entry[domain] for entry in right]) for domain in ("source", "target"))])
     return markdown(["model", "CCD, source", "CCD, target", "CCD, both", "D right, source", "D right, target"], rows)
 
@@ -257,8 +263,8 @@ def distances(pairs: dict[str, Runs], name: str) -> str:
     for (script, variant, stage), entries in diagnoses(pairs.get(name, {}), "features").items():
         for which in [which for which in entries[0] if which.endswith((", before", ", after"))]:
             values = [[entry[which][key] for entry in entries] for key in ("own", "other", "right")]
-            shares = [own / other for own, other in zip(*values[:2])]
-            rows.append([f"{script} {variant}, {which}: {stage}", *(mean_and_range(x, 2, "") for x in (*values[:2], shares)),
+            columns = [*values[:2], [own / other for own, other in zip(*values[:2])]]
+            rows.append([title(script, variant, f"{which}: {stage}"), *(mean_and_range(column, 2, "") for column in columns),
                          mean_and_range([100 * x for x in values[2]], sign="")])
     return markdown(["centres of, when: model", "to the own", "to the nearest other", "own / other", "own is nearest, %"], rows)
 

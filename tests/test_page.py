@@ -59,8 +59,9 @@ def pairs() -> dict:
     features = {"class center distance": {"source": 1.0, "target": 3.0, "both": 2.0},
                 "discriminator": {"source": 0.75, "target": 0.5},
                 "stage1, before": {"own": 2.0, "other": 4.0, "right": 0.9}}
-    runs[1]["diagnosis"] = {"labels": {"a/b": [[6, 2, 2], [1, 3, 6]]}, "features": {"adversarial": features}}
-    runs[3]["diagnosis"] = {"labels": {"a/b": [[8, 0, 2], [0, 2, 8]]}, "features": {"adversarial": features}}
+    runs[2]["diagnosis"] = {"labels": {"a/b": [[6, 2, 2], [1, 3, 6]]}, "features": {"adversarial": features}}
+    runs[4]["diagnosis"] = {"labels": {"a/b": [[8, 0, 2], [0, 2, 8]]}, "features": {"adversarial": features}}
+    runs[1]["diagnosis"] = {"labels": {"a/b": [[1, 0, 1], [0, 1, 1]]}}
     return {"toy": {(r["script"], r["variant"], r["seed"]): r for r in runs}}
 
 
@@ -82,12 +83,13 @@ def test_tables(pairs):
         "| class | source only | control, adversarial | adversarial | gain |", "| --- | --- | --- | --- | --- |",
         *(f"| {name} | 25.0 | 29.2 | 50.0 | +20.8 (+8.3 to +33.3) |" for name in ("road", "sky"))]
     assert page.labels(pairs, "toy").splitlines()[2:] == [                  # 9 of 12 and 10 of 10; 12 and 10 of 20
-        "| fada control a/b | 87.5 (75.0 to 100.0) | 55.0 (50.0 to 60.0) | 86.4 (72.9 to 100.0) |"]
+        "| FADA control, a/b | 100.0 | 50.0 | 100.0 |",
+        "| FADA, a/b | 87.5 (75.0 to 100.0) | 55.0 (50.0 to 60.0) | 86.4 (72.9 to 100.0) |"]
     assert page.label_classes(pairs, "toy").splitlines()[2:] == ["| road | 92.9 / 80.0 |", "| sky | 80.0 / 30.0 |"]
     assert page.features(pairs, "toy").splitlines()[2:] == [
-        "| fada control adversarial | 1.00 (1.00 to 1.00) | 3.00 (3.00 to 3.00) | 2.00 (2.00 to 2.00) | 75.0 | 50.0 |"]
+        "| FADA, adversarial | 1.00 (1.00 to 1.00) | 3.00 (3.00 to 3.00) | 2.00 (2.00 to 2.00) | 75.0 | 50.0 |"]
     assert page.distances(pairs, "toy").splitlines()[2:] == [
-        "| fada control, stage1, before: adversarial | 2.00 (2.00 to 2.00) | 4.00 (4.00 to 4.00) | 0.50 (0.50 to 0.50) | "
+        "| FADA, stage1, before: adversarial | 2.00 (2.00 to 2.00) | 4.00 (4.00 to 4.00) | 0.50 (0.50 to 0.50) | "
         "90.0 (90.0 to 90.0) |"]
 
 

@@ -56,8 +56,8 @@ results: setup            ## METHOD=fada, or pair: all runs of docs/results.md [
 page: $(VENV)/ready-for-tests               ## the tables of docs/results.md again [RUNS="runs/*-i2c-*": with these run folders]
 	$(PY) -m common.page $(RUNS)
 
-clean:                    ## remove .venv, runs and the toy city
-	rm -rf $(VENV) runs data/toycity .ruff_cache
+clean:                    ## remove .venv and the toy city; runs/ stays
+	rm -rf $(VENV) data/toycity .ruff_cache
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
 .PHONY: help setup demo test soak lint bench results page clean

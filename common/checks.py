@@ -28,13 +28,12 @@ def inspect(run) -> None:
         images = run.sets[name]
         split, labelled = name.split()[1], [pair for pair in images.pairs if pair.label]
         images.item(0, 0 if split == "train" else None)
-        text = "no labels" + ": there is nothing to evaluate" * (split == "val")
+        text = "no labels: there is nothing to evaluate" if split == "val" else "labels are not used"
         if labelled:
             sample = [labelled[k] for k in np.unique(np.linspace(0, len(labelled) - 1, SAMPLE).round().astype(int))]
             text = _sample(name, sample, images)
             for pair in sample:
-                with Image.open(pair.image) as image, Image.open(pair.label) as label:
-                    sizes = [f"{file.width}x{file.height}" for file in (label, image)]
+                sizes = [_size(path) for path in (pair.label, pair.image)]
                 if sizes[0] != sizes[1]:
                     resized.append(f"{name} ({pair.label.name}: {sizes[0]}, image {sizes[1]})")
                     break
@@ -42,6 +41,15 @@ def inspect(run) -> None:
     if resized:
         print(f"labels and images differ in size; training resizes the labels (nearest): {', '.join(resized)}", flush=True)
     barrier()
+
+
+def _size(path: Path) -> str:
+    """The size in an image file's header. Raises: UserError for a file that is no image."""
+    try:
+        with Image.open(path) as file:
+            return f"{file.width}x{file.height}"
+    except OSError as error:
+        raise UserError(f"cannot read {path}: it is empty, damaged or not an image; restore it, or remove the pair") from error
 
 
 def _sample(what: str, sample: list, images: SegmentationDataset) -> str:

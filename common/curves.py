@@ -74,9 +74,9 @@ def differences(folders: list[Path]) -> str:
     columns = {}
     for folder in folders:
         results = read_json(folder / "results.json")
-        if not results:
-            raise UserError(f"{folder} has no results.json yet: compare runs that have finished a stage")
-        stage, tests = list(results.items())[-1]
+        stage, tests = list(results.items())[-1] if results else ("", None)
+        if not tests:
+            raise UserError(f"{folder} has no results.json with scores: compare runs whose stages have been tested")
         columns[f"{folder.name}, {stage}"] = next(iter(tests.values()))
     first = next(iter(columns.values()))
     if any(result["iou"].keys() != first["iou"].keys() for result in columns.values()):

@@ -186,7 +186,9 @@ def read_ids(path: str | Path, dataset: str, classes: ClassList) -> tuple[np.nda
         pairs = ((row[1], table[row[2]]) for row in _CLASSES)
     meaning = dict.fromkeys([*zip(*[iter(_VOID)] * 3), *(row[1] for row in _CLASSES)], IGNORE) | dict(pairs)
     plain = all(meaning.get(color) == table[i] or (i, color) in _TWINS for i, color in colors.items())
-    if all(r == g == b for r, g, b in colors.values()) and not (plain and dataset == "gta5"):
+    # A plain palette of greys holds indices in GTA5, whose file may show void and buildings only, and in an own set.
+    if all(r == g == b for r, g, b in colors.values()) and not (
+            plain and dataset not in ("cityscapes", "crosscity", "synthia")):
         return np.frombuffer(palette[::3], np.uint8)[ids], table, "the palette's greys are the ids"
     if not plain and meaning.keys() >= set(colors.values()):
         return ids, np.array([meaning.get(tuple(palette[3 * i:3 * i + 3]), IGNORE) for i in range(256)], np.uint8), BY_COLOR

@@ -168,8 +168,12 @@ class DeepLab(nn.Module):
             raise UserError(f"unknown backbone {backbone!r}: choose one of {', '.join(BACKBONES)}")
         if self.network == "v3+" and backbone == "vgg16":
             raise UserError("there is no DeepLab v3+ on vgg16: choose a resnet backbone, or network v2")
-        self.backbone, self.num_classes, self.feat_channels = backbone, num_classes, feat_channels
-        self.structure, self.frozen_bn, self.complete = structure, "none", False    # complete: a file gave every weight
+        self.backbone = backbone
+        self.num_classes = num_classes
+        self.feat_channels = feat_channels
+        self.structure = structure
+        self.frozen_bn = "none"
+        self.complete = False                                    # whether a file gave every weight
         self.prepare = nn.Identity()                                # for another input: published.adapt
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:

@@ -127,21 +127,28 @@ def _walk(folder: Path, example: str):
     return (path for path in paths if not path.name.startswith("."))
 
 
+def _visible(folder: Path) -> list[Path]:
+    """A folder's entries but hidden ones, sorted; none of a file or of a folder that may not be read."""
+    try:
+        return sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+    except OSError:
+        return []
+
+
 def _contents(folder: Path) -> str:
     """Describe the nearest existing folder: its first entries, each with the first file below it."""
     parent, shown = next(path for path in (folder, *folder.absolute().parents) if path.is_dir()), []
-    entries = sorted(path for path in parent.iterdir() if not path.name.startswith("."))
+    entries = _visible(parent)
     for path in entries[:8]:
         for _ in range(6):
-            below = sorted(child for child in path.iterdir() if not child.name.startswith(".")) if path.is_dir() else []
-            path = below[0] if below else path
+            path = next(iter(_visible(path)), path)
         shown.append(path.relative_to(parent).as_posix() + "/" * path.is_dir())
     return f"{parent}: {', '.join(shown + ['...'] * (len(entries) > 8)) or 'nothing'}"
 
 
 def _similar(folder: Path, stem: str) -> str:
     """Describe files of a folder whose names begin with `stem`, or any files if there are none."""
-    names = sorted(path.name for path in folder.iterdir() if not path.name.startswith(".")) if folder.is_dir() else []
+    names = [path.name for path in _visible(folder)]
     names = ([name for name in names if name.startswith(stem)] or names)[:4]
     return f" (found there: {', '.join(names)})" if names else ""
 

@@ -320,10 +320,10 @@ def run_name(folder: Path, config: dict) -> tuple[str, str]:
 def collect(folder: Path, results: Path, pair: str | None = None) -> Path | None:
     """Write results/PAIR/SCRIPT-VARIANT-SEED.json: what the page needs of a run folder, without paths of this machine.
 
-    Returns: the file; None for a run without a finished stage. Raises: UserError for another name and other test images."""
+    Returns: the file; None for a run without scores. Raises: UserError for another name and other test images."""
     config, stages = read_json(folder / "config.json"), read_json(folder / "results.json")
     script, (named_pair, variant) = config.get("method"), run_name(folder, config)
-    if not stages:
+    if not stages or None in stages.values():                    # not finished, or no labels to test with
         return None
     images, pair = config.get("images", {}).get("target val"), pair or named_pair
     for other in (results / pair).glob("*-*.json"):
@@ -373,7 +373,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--root", type=Path, default=ROOT, help="folder that holds docs/ and README.md [this checkout]")
     args = parser.parse_args(argv)
     for folder in args.runs:
-        print(f"{folder.name}: {collect(folder, args.root / 'docs/results', args.pair) or 'no stage is finished'}")
+        print(f"{folder.name}: {collect(folder, args.root / 'docs/results', args.pair) or 'no stage has scores'}")
     pairs = read(args.root / "docs/results")
     for page in (args.root / "docs/results.md", args.root / "README.md"):
         if page.exists():

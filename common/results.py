@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import itertools
 import os
 import re
 import shlex
@@ -173,6 +174,8 @@ def main(argv: list[str] | None = None) -> None:
         for stage in stages.split() if row in (args.rows or rows) else ():
             finished = [read_json(jobs[first_of(rows, row), seed].folder / "results.json") for seed in args.seeds]
             results[row + f", {stage}" * (" " in stages)] = [stages_of_run[stage] for stages_of_run in finished]
+    if None in itertools.chain(*results.values()):
+        raise UserError("all runs are finished, but the target has no labels to test with: there is no table")
     print(table(results, args.mean, gap=args.method != "pair" and {list(rows)[0], list(rows)[-1]} <= results.keys()))
 
 

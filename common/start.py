@@ -54,18 +54,20 @@ def check_settings(options, stages: tuple[str, ...], sizes: dict, largest_scale:
 
 
 def check_export(path: Path, current: Path) -> None:
-    """Refuse to overwrite a run's files by exported weights, which cannot resume it. current: the folder of this run."""
+    """Refuse to write exported weights into a run folder or over any file but an earlier export. current: this run's folder."""
     if path.suffix == ".json":
         raise UserError(f"--export {path} is the name of the JSON file beside the weights: choose another suffix")
     for folder in path.resolve().parents:
         if folder == current.resolve() or ((folder / "config.json").exists() and (folder / "log.jsonl").exists()):
             raise UserError(f"--export {path} lies in the run folder {folder}, whose files it needs: choose another folder")
+    side = path.with_suffix(".json")
     try:
-        content = load(path) if path.exists() else None
-    except UserError:                                            # not a torch file, so not a checkpoint
-        return
-    if isinstance(content, dict) and {"method", "stage", "state"} <= content.keys():
-        raise UserError(f"--export {path} is a checkpoint of {content['method']}.py, which it would replace: give another name")
+        exported = read_json(side).get("file") == path.name
+    except (UserError, AttributeError):                          # no JSON, or not an export's
+        exported = False
+    for file in (path, side):
+        if file.exists() and not exported:
+            raise UserError(f"--export {path} would replace {file}, which is no export of {path.name}: give another name")
 
 
 def native_bf16(device: torch.device) -> bool:
@@ -208,7 +210,8 @@ def introduce(run, given_amp: str | None) -> None:
 
 
 def trained_with(method: str, values: dict, defining: set[str]) -> list[str]:
-    """The flags that a checkpoint or a run was trained with (sizes, network, data, ...), for its evaluation by --eval.
+    """The flags that a checkpoint or a run was trained with (sizes, network, data, ...), for its evaluation by --eval. A file
+    given as --init is no run's network: it has none, unless a run started from it.
 
     Args: values: the command line's and the defaults; defining: names of the flags that define a run.
     """
@@ -227,6 +230,8 @@ def trained_with(method: str, values: dict, defining: set[str]) -> list[str]:
                       if not options.tag or path.parent.name.endswith(f"-{options.tag}")]
             folder = others[0] if len(others) == 1 else folder
         config = read_json(folder / "config.json")
+        if options.init not in ("imagenet", "none", config.get("init")):
+            return []
         folders = config.get("made", {})
     settings = {key: value for key, value in config.items() if key in defining - {"toy", "from_"}}
     settings |= {key: folders[key] for key in ("data", "target_data") if os.path.isdir(folders.get(key) or "")}

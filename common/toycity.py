@@ -23,8 +23,9 @@ import os
 import struct
 import time
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -784,15 +785,34 @@ def render(root: str | Path, seed: int = 0, train: int = 240, val: int = 60, siz
         raise UserError(f"cannot write below {root}: {error}; give a writable folder") from error
 
 
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """One process at a time; others wait, and find a complete city. Without file locks (Windows) they do not wait."""
+    handle = None
+    try:
+        import fcntl
+        folder.mkdir(parents=True, exist_ok=True)
+        handle = os.open(folder, os.O_RDONLY)
+        fcntl.flock(handle, fcntl.LOCK_EX)
+    except (ImportError, OSError):
+        pass
+    try:
+        yield
+    finally:
+        if handle is not None:
+            os.close(handle)                            # unlocks, as does the end of a process
+
+
 def ensure(root: str | Path, seed: int = 0, train: int = 240, val: int = 60, size: Size = SIZE) -> None:
     """Render the toy city unless the folder holds a complete one of this version and seed, of any counts and size."""
     root = Path(root)
     while os.environ.get("LOCAL_RANK", "0") != "0" and not _marker(root).get("complete", (root / MARKER).exists()):
         time.sleep(0.1)                                 # the first process of a machine renders
-    marker = _marker(root)
-    if not (root / MARKER).exists() or not marker.get("complete", True):
-        render(root, seed, train, val, size)
-    elif (marker.get("version"), marker.get("seed")) != (VERSION, seed):
+    with _alone(root.parent):
+        marker = _marker(root)
+        if not (root / MARKER).exists() or not marker.get("complete", True):
+            return render(root, seed, train, val, size)
+    if (marker.get("version"), marker.get("seed")) != (VERSION, seed):
         raise UserError(f"{root / MARKER} is of version {marker.get('version')} and seed {marker.get('seed')} of the toy city, "
                         f"not of {VERSION} and {seed}: delete the folder {root} to render it again")
 

@@ -70,7 +70,8 @@ def contact_sheet(path: str | os.PathLike, rows: Sequence[Sequence[np.ndarray]],
     panels = [[Image.fromarray(p).resize((round(scale * p.shape[1]), max(1, round(scale * p.shape[0]))), Image.Resampling.BOX)
                for p, scale in zip(*pair)] for pair in zip(rows, scales)]
     heights, font = [max(panel.height for panel in row) for row in panels], ImageFont.load_default
-    head, top, total_width = 30, 30, GAP + len(titles) * (width + GAP)
+    head = top = 30
+    total_width = GAP + len(titles) * (width + GAP)
     names = list(zip(legend.names, legend.colors)) if legend else []
     per_line = max((total_width - GAP) // LEGEND, 1)                  # names per row of the legend
     legend_height = 22 * -(-len(names) // per_line)

@@ -245,9 +245,10 @@ def main() -> None:
         path, key = args.root / "docs/results" / pair / "diagnosis.json", f"{config['method']}-{variant}-{config['seed']}"
         done, finished = read_json(path), list(read_json(folder / "results.json"))
         if finished and done.get(key, {}).get("stages") != finished:
-            sizes = (config["source_size"], config["target_size"])
+            sizes = tuple(config[key] for key in ("source", "target", "source_size", "target_size"))
             domains.setdefault(sizes, Domains(config, args.data, args.held, args.images))
-            page.write(path, dict(sorted({**done, key: diagnose(folder, domains[sizes])}.items())))
+            result = diagnose(folder, domains[sizes])
+            page.write(path, dict(sorted({**read_json(path), key: result}.items())))
             print(f"{key}: {json.dumps(read_json(path)[key]['features'])[:300]}", flush=True)
 
 

@@ -13,7 +13,7 @@ from PIL import Image
 from test_data import CITY_19, noise, palette_png, write_png
 
 import fada
-from common import checks
+from common import checks, curves
 from common.cli import Size
 from common.data import Pair, SegmentationDataset, class_list
 from common.files import UserError, load
@@ -71,7 +71,8 @@ def test_the_shares_of_classes_are_printed_once_per_set(own, capsys):
         line, = (line for line in printed.splitlines() if line.startswith(f"{name}: % in "))
         shares = [float(part.split()[-1]) for part in line.split(": ", 2)[2].split(", ")]
         assert abs(sum(shares) - 100) < 1 and len(shares) > 5 and "road " in line and "no class " in line
-    assert "target train (cityscapes): no labels" in printed and printed.index("% in 8 labels") < printed.index("source 1/2")
+    assert "target train (cityscapes): labels are not used" in printed
+    assert printed.index("% in 8 labels") < printed.index("source 1/2")
     assert "differ in size" not in printed
     assert "% in" not in start(capsys, own)                      # finished: nothing to train, nothing to check
 
@@ -156,6 +157,12 @@ def test_faults_of_the_validation_set_are_found_before_the_source_stage(own, cap
     assert words in printed and "source 1/2" not in printed
 
 
+def test_an_empty_image_file_among_the_checked_ones_is_named(own, capsys):
+    path = sorted((own / "gta5/images").glob("*.png"))[-1]
+    path.write_bytes(b"")
+    assert f"cannot read {path}: it is empty" in start(capsys, own, expect=2)
+
+
 def test_labels_of_another_size_are_reported_once(own, capsys, recwarn):
     for path in [*(own / "gta5/labels").glob("*.png"), *(own / "cityscapes/gtFine/val").rglob("*_labelIds.png")]:
         write_png(path, np.kron(np.array(Image.open(path)), np.ones((2, 2), np.uint8)), 0)
@@ -179,6 +186,9 @@ def test_a_target_without_labels_trains_and_draws_and_reports_that_nothing_is_ev
     assert "source: finished before" in again and "nothing to evaluate" in again and "source 1/2" not in again
     assert "nothing to evaluate" in start(capsys, own, "--eval", "--stage", "source")
     assert "has no cityscapes files" in start(capsys, own, "--target-labels", "--tag", "u", expect=2)
+    folder = own.parent / "runs/fada-gta5"
+    with pytest.raises(UserError, match="fada-gta5 has no results.json with scores"):
+        curves.differences([folder, folder])
 
 
 def test_source_and_target_from_the_same_data_set(own, capsys):

@@ -6,6 +6,7 @@ import multiprocessing
 import struct
 import zlib
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -245,6 +246,19 @@ def test_what_is_missing_is_named(tmp_path):
         find_pairs(tmp_path, "crosscity", city="Rio")
 
 
+def test_an_unreadable_folder_beside_what_is_missing_is_named(tmp_path, monkeypatch):
+    (tmp_path / "lost+found").mkdir()
+    iterdir = Path.iterdir
+
+    def guarded(path):
+        if path.name == "lost+found":
+            raise PermissionError(13, "Permission denied", str(path))
+        return iterdir(path)
+    monkeypatch.setattr(Path, "iterdir", guarded)
+    with pytest.raises(UserError, match="found in .*: lost.found/$"):
+        find_pairs(tmp_path, "gta5")
+
+
 def test_labels_of_another_size_than_their_image(tmp_path):
     """Training labels are resized to it, evaluation labels keep their size; proportions may differ by at most 2 percent."""
     image = write_png(tmp_path / "image.png", noise(4, 6), 2)
@@ -314,6 +328,18 @@ def test_a_palettes_content_decides_what_its_indices_mean(tmp_path, classes, tab
         read("cityscapes", np.array([[200]]), {200: 3}, greys)
     with pytest.raises(UserError, match="x.png has ids that cityscapes does not define: 40;"):
         read("cityscapes", np.array([[7]]), {7: 40}, {7: (1, 2, 3)})
+
+
+def test_an_own_sets_classes_may_be_black_and_white(tmp_path):
+    """A palette with the classes' colours at the classes' ids holds indices, also if all of these colours are greys."""
+    two = replace(GTA, names=("back", "front"), colors=((0, 0, 0), (255, 255, 255)), train_ids=(), ids={0: 0, 1: 1})
+    for colors in ({0: (0, 0, 0), 1: (255, 255, 255)}, {0: (0, 0, 0), 1: (1, 1, 1)}):
+        path = palette_png(tmp_path / "x.png", np.array([[0, 1, 0]]), {0: 0, 1: 1}, colors)
+        assert read_label(path, "own", two).tolist() == [[0, 1, 0]]
+    two = replace(two, ids={0: 0, 255: 1})                       # an 8-bit mask, also one that was shrunk to a palette
+    for path in (write_png(tmp_path / "y.png", np.array([[0, 255, 0]], np.uint8), 0),
+                 palette_png(tmp_path / "x.png", np.array([[0, 1, 0]]), {0: 0, 1: 1}, {0: (0, 0, 0), 1: (255, 255, 255)})):
+        assert read_label(path, "own", two).tolist() == [[0, 1, 0]]
 
 
 def test_black_and_white_labels_are_8_bit_ones_that_were_shrunk(tmp_path):

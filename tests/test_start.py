@@ -95,16 +95,19 @@ def test_cags_stages_know_their_lengths_which_depend_on_the_number_of_images(cit
 
 @pytest.mark.parametrize(("path", "words"), [
     *((name, "lies in the run folder") for name in ("source.pt", "new.pth", "pictures/new.pth")),
-    ("../copy.pt", "is a checkpoint of fada.py, which it would replace"), ("../link/new.pth", "lies in the run folder"),
+    ("../copy.pt", "copy.pt, which is no export of copy.pt"), ("../link/new.pth", "lies in the run folder"),
+    ("../mine.pth", "mine.json, which is no export of mine.pth"), ("../broken.pth", "broken.json, which is no export"),
 ])
 def test_an_export_never_overwrites_a_run(copy, city, capsys, path, words):
     shutil.copy(copy / "source.pt", copy.parent / "copy.pt")
     (copy.parent / "link").symlink_to(copy)
-    files = {file: file.read_bytes() for file in copy.parent.rglob("*.pt")}
+    (copy.parent / "mine.json").write_text('["classes"]')
+    (copy.parent / "broken.json").write_text("{")
+    files = {file: file.read_bytes() for file in copy.parent.rglob("*.*") if file.is_file()}
     argv = ["--data", city, "--runs", copy.parent, *SMALL, "--eval", "--export"]
     assert words in refused(capsys, fada.main, *argv, copy / path)
     assert words in refused(capsys, fada.main, *argv, copy / path, "--tag", "other")
-    assert files == {file: file.read_bytes() for file in copy.parent.rglob("*.pt")}
+    assert files == {file: file.read_bytes() for file in copy.parent.rglob("*.*") if file.is_file()}
     fada.main([*map(str, argv), str(copy.parent / "good.pth")])
     fada.main([*map(str, argv), str(copy.parent / "good.pth")])                # an export may replace an export
     assert (copy.parent / "good.json").exists()
@@ -219,6 +222,9 @@ def test_eval_takes_the_flags_of_the_run(tmp_path, city, capsys):
     assert scores(2, ["--runs", tmp_path, "--tag", "x", "--source", "synthia"]) == table
     assert scores(2, ["--runs", tmp_path / "none", "--from", checkpoint]) == table
     assert scores(2, ["--from", checkpoint, "--target-size", "32x16"]) != table
+    values = vars(fada.Config()) | vars(Options(runs=str(tmp_path), eval=True))
+    assert "--source=synthia" in start.trained_with("fada", values, {"source"})        # of the only run
+    assert start.trained_with("fada", values | {"init": "other.pth"}, {"source"}) == []
     assert not (tmp_path / "none").exists()
 
 

@@ -3,6 +3,8 @@
 import itertools
 import json
 import shutil
+import time
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import numpy as np
@@ -150,6 +152,20 @@ def test_ensure_refuses_another_city(tmp_path, marker):
     (tmp_path / "toycity.json").write_text(marker)
     with pytest.raises(UserError, match="delete the folder"):
         toycity.ensure(tmp_path)
+
+
+def test_of_two_first_starts_only_one_renders(tmp_path, monkeypatch):
+    rendered = []
+
+    def render(root, *_):
+        rendered.append(root)
+        time.sleep(0.2)
+        root.mkdir()
+        (root / toycity.MARKER).write_text(json.dumps({"version": toycity.VERSION, "seed": 0}))
+    monkeypatch.setattr(toycity, "render", render)
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(toycity.ensure, [tmp_path / "data/city"] * 4))
+    assert rendered == [tmp_path / "data/city"]
 
 
 def test_render_refuses_invalid_values(tmp_path, capsys):

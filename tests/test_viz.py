@@ -171,7 +171,7 @@ def test_charts_without_logs_results_or_matplotlib_are_refused(tmp_path, capsys,
     run, other = log(tmp_path / "run", {"stage": "one", "iteration": 1, "rate": 0.1, "seg": 1.0}), tmp_path / "other"
     other.mkdir()
     for argv, words in (([other], "other has no log.jsonl: give the folder of a run"),
-                        ([run, run], "run has no results.json yet")):
+                        ([run, run], "run has no results.json with scores")):
         with pytest.raises(SystemExit) as stop:
             curves.main([*map(str, argv), "--out", str(tmp_path / "c.png")])
         assert stop.value.code == 2 and words in capsys.readouterr().err

@@ -25,13 +25,13 @@ Stages: warmup -> selftrain -> distill1 -> distill2.
 
     python bismap.py --toy                                   the toy city, some minutes on two cores
     python bismap.py --source gta5                           the paper's GTA5 -> Cityscapes; again to resume
-    torchrun --nproc_per_node=4 bismap.py --source gta5 --warmup-batch-size 2 --batch-size 1     the same on four GPUs
+    torchrun --nproc_per_node=4 bismap.py --source gta5 --warmup-batch-size 2 --batch-size 1     four GPUs
     python bismap.py --source gta5 --from runs/bismap-gta5/warmup.pt --no-distill --assign none --lambda-consist 0 --tag stm
     python bismap.py --source gta5 --eval                    only evaluate what the run has reached
 
 Departures:
  1. Eqs. (2), (10), (11): the paper sums over pixels; here it is a mean over the labelled pixels. Eq. (12) and distillation's KL
-    are means over the C categories and the pixels that CutOut leaves (padding counts).
+    are means over the C categories and, at stride 4, the pixels that CutOut leaves (padding counts).
  2. Footnote 1 enlarges the features, which costs 16 times more. Here densities are computed at stride 4 and then enlarged;
     entropies stay at stride 4.
  3. Sec. 3.3: EM starts from k-means and ends by `--em-tol`, at the latest after `--em-iterations`. Variances are at least
@@ -39,8 +39,8 @@ Departures:
  4. Sec. 4.2: delta depends on the feature's dimension and on the variance floor. `--pl-ratio` picks it by Table 5's "PL ratio".
  5. Sec. 3.5: E^ is torchvision's ResNet-152 on ImageNet; the paper's is SimCLRv2's. The paper gives neither E^'s input size,
     layer and grid (distances are enlarged by nearest neighbour), nor J, nor the number of clustered target features.
- 6. Eq. (7) prints 0 < j < J; here all J centres are used. Eq. (8)'s prose swaps minimum and maximum. e' is 0 for a category
-    that is never predicted, and for all categories if their entropies are equal.
+ 6. Eq. (7) prints 0 < j < J; here all J centres are used. Eq. (8)'s prose swaps minimum and maximum. Its categories are the
+    network's predictions, not pseudo labels. e' is 0 for one that is never predicted, and for all if the entropies are equal.
  7. Sec. 3.5: each source image has one fixed aligned version in all stages. Transferability maps are stored in 8 bits.
  8. Sec. 3.5: "retraining" starts from the initial weights, as in the authors' configuration. `--continue-warmup` starts from
     the warm-up model.
@@ -49,7 +49,7 @@ Departures:
     neither their number and strength nor CutOut's size.
 11. Eq. (13) has no ramp. Here lambda rises as exp(-5 (1 - t/T)^2); T: `--ramp-iterations`, at most `--ramp-share` of the stage.
 12. Sec. 4.2: the rate is the encoder's; ASPP, decoder and classifier have `--head-rate` times that. The jitter's strength is
-    not given. There is no dropout. Each stage has its own optimizer and learning rate schedule.
+    not given. There is no dropout. Each stage has its own optimizer and rate schedule. Batches are per domain.
 13. Sec. 4.3, "proposed in [40]": two rounds, each with a new student. Labels are the previous model's argmax, multi-scale and
     flipped. The losses are Eq. (10) on the source, Eq. (11) on the target, and KL to the previous model.
 14. Sec. 4.2: batch norm of pretrained encoders is frozen (`--freeze-bn`). With `--continue-warmup`, self-training freezes all.
@@ -245,10 +245,11 @@ class FeatureSample:
 
     def features(self, c: int) -> Tensor | None:
         """(n, D) float32, n <= size, in key order; None if there are none."""
-        self.parts[c] = [part for parts in gather_objects(self.parts[c]) for part in parts]
-        if self.parts[c]:
-            self._prune(c)
-        return self.parts[c][0][1] if self.parts[c] else None
+        parts = [part for parts in gather_objects(self.parts[c]) for part in parts]
+        if not parts:
+            return None
+        keys, feats = (torch.cat(part) for part in zip(*parts))
+        return feats[keys.argsort()[: self.size]]
 
 
 def map_pseudo_labels(log_prob: Tensor, delta: float) -> Tensor:
@@ -542,7 +543,7 @@ def prepare_selftraining(run: Run, cfg: Config, model: nn.Module, encoder: Calla
     if cfg.assign != "none" or cfg.stm:
         folder = run.folder / "pseudo_labels"
         measured = once("labels", lambda: label_target(run, cfg, model, gmms, anchors, target, folder))
-        note |= {**measured, "entropy": measured["entropy"].tolist()}
+        note |= {**measured, "entropy": [None if math.isnan(e) else e for e in measured["entropy"].tolist()]}
     labelled = target if cfg.assign == "none" else target.with_maps(folder)
     if cfg.assign != "none":
         draw_maps(run, "labels.png", labelled, ["target", "pseudo label"], lambda photo, y: [colorize(y, run.classes)])

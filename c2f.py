@@ -24,7 +24,7 @@ valid pseudo labels of the previous step's model. There is no published code. St
     python c2f.py --align SOURCE.png REFERENCE.png OUT.png              align one picture
     python c2f.py --toy                                      the toy city, some minutes on two cores
     python c2f.py --source gta5                              the paper's GTA5 -> Cityscapes; again to resume
-    torchrun --nproc_per_node=4 c2f.py --source gta5 --batch-size 1           the same on four GPUs, as in the paper
+    torchrun --nproc_per_node=4 c2f.py --source gta5 --batch-size 1           four GPUs, each with its own batch norm
     python c2f.py --source gta5 --alignment none --tag no-gpa                                           Table 3
     python c2f.py --source gta5 --from runs/c2f-gta5/step0.pt --lambda-triplet 0 --tag no-ctl           Table 3
     python c2f.py --source gta5 --alignment frequency --tag fda                                         Table 4

@@ -228,7 +228,7 @@ class FeatureBank(nn.Module):
     def write(self, k: int, feat: Tensor) -> None:
         """Write feat, (D,) or (m, D), to the next places of class k; in a full ring, to the oldest ones."""
         row, feat = self.classes.index(k), feat.view(-1, self.features.shape[2]).to(self.features)
-        places = (self.written[row] + torch.arange(len(feat))) % self.slots
+        places = (int(self.written[row]) + torch.arange(len(feat))) % self.slots
         self.features[row, places[-self.slots:].to(feat.device, non_blocking=True)] = feat[-self.slots:]
         self.written[row] += len(feat)
 

@@ -210,8 +210,8 @@ def introduce(run, given_amp: str | None) -> None:
 
 
 def trained_with(method: str, values: dict, defining: set[str]) -> list[str]:
-    """The flags that a checkpoint or a run was trained with (sizes, network, data, ...), for its evaluation by --eval. A file
-    given as --init is no run's network: it has none, unless a run started from it.
+    """The flags that a checkpoint or a run was trained with (sizes, network, data, ...), for its evaluation by --eval. With an
+    --init file, only the run that the flags name counts.
 
     Args: values: the command line's and the defaults; defining: names of the flags that define a run.
     """
@@ -225,13 +225,12 @@ def trained_with(method: str, values: dict, defining: set[str]) -> list[str]:
         folders = config
     else:
         folder = run_folder(method, options)
-        if not (folder / "config.json").exists():                # perhaps it has another --source or --target
+        if options.init in ("imagenet", "none") and not (folder / "config.json").exists():
+            # perhaps it has another --source or --target
             others = [path.parent for path in Path(options.runs).glob(f"{method}-*/config.json")
                       if not options.tag or path.parent.name.endswith(f"-{options.tag}")]
             folder = others[0] if len(others) == 1 else folder
         config = read_json(folder / "config.json")
-        if options.init not in ("imagenet", "none", config.get("init")):
-            return []
         folders = config.get("made", {})
     settings = {key: value for key, value in config.items() if key in defining - {"toy", "from_"}}
     settings |= {key: folders[key] for key in ("data", "target_data") if os.path.isdir(folders.get(key) or "")}

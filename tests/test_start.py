@@ -225,6 +225,8 @@ def test_eval_takes_the_flags_of_the_run(tmp_path, city, capsys):
     values = vars(fada.Config()) | vars(Options(runs=str(tmp_path), eval=True))
     assert "--source=synthia" in start.trained_with("fada", values, {"source"})        # of the only run
     assert start.trained_with("fada", values | {"init": "other.pth"}, {"source"}) == []
+    named = values | {"init": "other.pth", "source": "synthia", "tag": "x"}
+    assert start.trained_with("fada", named, {"source"})[0] == "--source=synthia"
     assert not (tmp_path / "none").exists()
 
 

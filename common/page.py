@@ -66,11 +66,14 @@ def paired(method: dict[int, float], control: dict[int, float]) -> list[float]:
 
 
 def gap_share(method: dict[int, float], control: dict[int, float], target: dict[int, float]) -> float | None:
-    """The share of the gap between control and target only that a method closes: sum of method - control over sum of target -
-    control, over the seeds that all three have. Args: seed -> score. Returns: None without such seeds or without a gap."""
-    seeds = method.keys() & control.keys() & target.keys()
-    way = sum(target[seed] - control[seed] for seed in seeds)
-    return sum(method[seed] - control[seed] for seed in seeds) / way if way > 0 else None
+    """The share of the gap between control and target only that a method closes: mean of method - control over the seeds that
+    both have, by the mean of the target's seeds minus that of these controls. Args: seed -> score. Returns: None without such
+    seeds or without a gap."""
+    gain = paired(method, control)
+    if not gain or not target:
+        return None
+    way = statistics.fmean(target.values()) - statistics.fmean(control[seed] for seed in method.keys() & control.keys())
+    return statistics.fmean(gain) / way if way > 0 else None
 
 
 def class_scores(matrix: list[list[int]]) -> list[float | None]:

@@ -43,6 +43,7 @@ class Step(NamedTuple):
 
 STEPS = (
     Step("FADA", "adversarial", "fada fada adversarial", "fada control adversarial", "v2", True),
+    Step("FADA", "second setting", "fada strong adversarial", "fada control adversarial", "v2"),
     Step("CAG", "warm-up", "cag cag warmup", "cag control warmup", "v3+"),
     Step("CAG", "stage 1", "cag cag stage1", "cag control stage1", "v3+"),
     Step("CAG", "stage 2", "cag cag stage2", "cag control stage2", "v3+", True),

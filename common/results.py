@@ -100,6 +100,7 @@ RESULTS = {                                                  # script -> row -> 
         "fada source": ("source", f"{_V2} --source-iterations 3000"),
         "fada control": ("adversarial", f"{_FADA} --lambda-adv 0"),
         "fada fada": ("adversarial", _FADA),
+        "fada strong": ("adversarial", f"{_FADA} --lambda-adv 0.01"),
         "c2f source": ("step0", f"{_V3} --batch-size 4 --alignment none"),
         "c2f coarse": ("step0", f"{_V3} --batch-size 4"),
         "c2f control": ("step1 step2", f"{_STEPS} {_ZERO}"),

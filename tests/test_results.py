@@ -140,7 +140,7 @@ def test_the_rows_of_a_pair_are_what_the_scripts_take(capsys):
             extra = set(job.argv) - set(method.argv) - {"0", "none", "p-control-1"}
             assert extra <= {"--lambda-adv", "--lambda1", "--lambda2", "--lambda-pseudo", "--lambda-triplet",
                              "--lambda-consist", "--lambda-ci", "--no-ssl", "--no-stm", "--no-distill", "--assign"}, row
-    assert len(jobs) == len(rows) == 15 and not Path("nowhere").exists()
+    assert len(jobs) == len(rows) == 16 and not Path("nowhere").exists()
 
 
 def parsed(argv):

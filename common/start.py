@@ -63,7 +63,7 @@ def check_export(path: Path, current: Path) -> None:
     side = path.with_suffix(".json")
     try:
         exported = read_json(side).get("file") == path.name
-    except (UserError, AttributeError):                          # no JSON, or not an export's
+    except UserError:                                            # another kind of file
         exported = False
     for file in (path, side):
         if file.exists() and not exported:

@@ -42,8 +42,8 @@ _V2 = "--batch-size 4 --lr 2.5e-3"                          # of the protocol's 
 _FADA = f"{_V2} --lr-discriminator 1e-3 --adversarial-iterations 1000 --no-distill --from {{fada source}}/source.pt"
 _V3 = "--lr 5e-3 --step-lr 2.5e-3 --encoder-rate 0.1 --step0-iterations 2000 --K 2 --step-iterations 500"
 _STEPS = f"{_V3} --batch-size 2 --from {{c2f coarse}}/step0.pt"
-_ANCHORS = ("--batch-size 2 --lr 2.5e-3 --encoder-rate 0.1 --lr-discriminator 1e-3 --warmup-epochs 0.75 --stage-epochs 0.75 "
-            "--K 2 --margin {margin} --from {c2f source}/step0.pt")
+_ANCHORS = ("--batch-size 2 --lr 2.5e-3 --encoder-rate 0.1 --lr-discriminator 1e-3 "
+            "--warmup-epochs {epochs} --stage-epochs {epochs} --K 2 --margin {margin} --from {c2f source}/step0.pt")
 _MAPS = ("--batch-size 2 --lr 5e-4 --adapt-lr 5e-4 --selftrain-iterations 1500 --distill-iterations 1000 "
          "--stm-backbone resnet18 --stm-weights {init} --from {c2f coarse}/step0.pt")
 _SIM = "--batch-size 2 --lr 2.5e-3 --lr-discriminator 1e-3 --iterations 1200"
@@ -156,6 +156,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--runs", default="runs", help="folder that holds the run folders")
     parser.add_argument("--mean", default="mIoU present", help="which mean of results.json the table shows")
     parser.add_argument("--margin", default="2.3", help="CAG's in the rows of pair, by tests/diagnose.py [%(default)s]")
+    parser.add_argument("--epochs", default="0.75", help="CAG's per stage in the rows of pair [%(default)s]")
     parser.add_argument("--jobs", type=int, default=1, help="runs side by side")
     parser.add_argument("--show", action="store_true", help="only list the runs: state, minutes, folder")
     args, extra = parser.parse_args(argv[:cut]), argv[cut + 1:] or ["--toy"]
@@ -194,7 +195,7 @@ def queue(args, extra: list[str]) -> dict[tuple[str, int], Job]:
     for row in reversed(rows):                               # a row's start comes before it
         if row in chosen:
             chosen |= set(re.findall(r"\{(.+?)\}", rows[row][1])) & set(rows)
-    known = {"margin": args.margin, "init": dict(zip(extra, extra[1:])).get("--init")}
+    known = {"margin": args.margin, "epochs": args.epochs, "init": dict(zip(extra, extra[1:])).get("--init")}
     for row, seed in [(row, seed) for row in rows if row in chosen for seed in args.seeds]:
         script, variant = row.split() if args.method == "pair" else (args.method, row)
         needs, text = [], rows[row][1]

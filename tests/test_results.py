@@ -7,7 +7,10 @@ from pathlib import Path
 
 import pytest
 
+import cag
 from common import results
+from common.cli import parse
+from common.run import Options
 
 SCRIPT = r'''
 import json, pathlib, sys
@@ -126,7 +129,8 @@ def test_without_arguments_the_toy_city_and_fada(monkeypatch, capsys):
 
 def test_the_rows_of_a_pair_are_what_the_scripts_take(capsys):
     rows = results.RESULTS["pair"]
-    argv = ["pair", "--name", "p", "--runs", "nowhere", "--seeds", "1", "--margin", "2.5", "--", "--data", "d", "--init", "i"]
+    argv = ["pair", "--name", "p", "--runs", "nowhere", "--seeds", "1", "--margin", "2.5", "--epochs", "3", "--",
+            "--data", "d", "--init", "i", "--target-size", "192x144"]
     jobs = results.queue(*parsed(argv))
     for (row, _), job in jobs.items():
         control, source = row.split()[1] == "control", [need[0] for need in job.needs]
@@ -140,6 +144,9 @@ def test_the_rows_of_a_pair_are_what_the_scripts_take(capsys):
             extra = set(job.argv) - set(method.argv) - {"0", "none", "p-control-1"}
             assert extra <= {"--lambda-adv", "--lambda1", "--lambda2", "--lambda-pseudo", "--lambda-triplet",
                              "--lambda-consist", "--lambda-ci", "--no-ssl", "--no-stm", "--no-distill", "--assign"}, row
+    cfg, options = parse("cag.py", "", (cag.Config, Options), jobs["cag control", 1].argv, {})
+    assert (cfg.margin, cfg.warmup_epochs, cfg.stage_epochs, cfg.lambda1) == (2.5, 3, 3, 0)
+    assert str(options.target_size) == "192x144"                # the flags behind -- come after the first pair's
     assert len(jobs) == len(rows) == 16 and not Path("nowhere").exists()
 
 

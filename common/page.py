@@ -128,26 +128,28 @@ def markdown(head: list[str], rows: list[list[str]]) -> str:
 
 
 def gains(pairs: dict[str, Runs], *names: str) -> str:
-    """Methods x pairs of domains: the paired difference to the control, and the share of the gap to target only."""
-    names, head, rows = names or [name for name in TITLES if name in pairs], ["method"], []
-    for name in names:
-        head += [f"{TITLES[name]}: gain over control", "gap closed"]
-    for step in [step for step in STEPS if step.main]:
-        cells = [f"{step.method}, {step.name}"]
-        for runs in (pairs.get(name, {}) for name in names):
-            method, control, target = (scores(runs, row) for row in (step.run, step.control, TARGET[step.network]))
-            cells += [mean_and_range(paired(method, control)), percent(gap_share(method, control, target))]
-        rows.append(cells)
+    """Methods x pairs of domains: the paired difference to the control; the share of the gap, in pairs with a target only."""
+    steps = [step for step in STEPS if step.main]
+    head, rows = ["method"], [[f"{step.method}, {step.name}"] for step in steps]
+    for name in names or [name for name in TITLES if name in pairs]:
+        runs = pairs.get(name, {})
+        targets = {network: scores(runs, row) for network, row in TARGET.items()}
+        head += [f"{TITLES[name]}: gain over control", *["gap closed"] * any(targets.values())]
+        for cells, step in zip(rows, steps):
+            method, control = scores(runs, step.run), scores(runs, step.control)
+            cells.append(mean_and_range(paired(method, control)))
+            if any(targets.values()):
+                cells.append(percent(gap_share(method, control, targets[step.network])))
     return markdown(head, rows)
 
 
 def all_rows(pairs: dict[str, Runs], name: str) -> str:
-    """Every row of one pair: source only, control and method stage by stage, target only."""
+    """Every row of one pair that has a run: source only, control and method stage by stage, target only."""
     runs, rows = pairs.get(name, {}), []
 
     def add(title: str, row: str, cells: list[str]) -> None:
-        values = list(scores(runs, row).values())
-        rows.append([title, mean_text(values), " ".join(f"{value:.1f}" for value in values), *cells])
+        if values := list(scores(runs, row).values()):
+            rows.append([title, mean_text(values), " ".join(f"{value:.1f}" for value in values), *cells])
 
     for network in SOURCE:
         add(f"**source only**, {network}", SOURCE[network], ["", ""])

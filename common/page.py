@@ -134,7 +134,7 @@ def gains(pairs: dict[str, Runs], *names: str) -> str:
     for name in names or [name for name in TITLES if name in pairs]:
         runs = pairs.get(name, {})
         targets = {network: scores(runs, row) for network, row in TARGET.items()}
-        head += [f"{TITLES[name]}: gain over control", *["gap closed"] * any(targets.values())]
+        head += [f"gain, {TITLES[name]}", *["gap closed"] * any(targets.values())]
         for cells, step in zip(rows, steps):
             method, control = scores(runs, step.run), scores(runs, step.control)
             cells.append(mean_and_range(paired(method, control)))

@@ -68,7 +68,7 @@ def pairs() -> dict:
 def test_tables(pairs):
     # IoU in percent: 40 -> 25.0, 50 -> 33.3, 80 -> 66.7, 100 -> 100
     assert page.gains(pairs).splitlines() == [
-        "| method | toy city: gain over control | gap closed |", "| --- | --- | --- |",
+        "| method | gain, toy city | gap closed |", "| --- | --- | --- |",
         "| FADA, adversarial | +20.8 (+8.3 to +33.3) | 29 % |",             # 41.67 of 66.67 + 75
         "| CAG, stage 2 | - | - |", "| C2F, alignment | - | - |", "| C2F, step 2 | - | - |",
         "| BiSMAP, self-training | - | - |", "| SIM, step 2 | +0.0 | 0 % |"]

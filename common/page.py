@@ -166,11 +166,13 @@ def all_rows(pairs: dict[str, Runs], name: str) -> str:
 
 
 def per_class(pairs: dict[str, Runs], name: str, method: str) -> str:
-    """IoU of each class: source only, then control, method and paired difference of each step."""
-    steps, runs = [step for step in STEPS if step.method == method], pairs.get(name, {})
+    """IoU of each class: source only, then control, method and paired difference of each step that has a run."""
+    runs = pairs.get(name, {})
+    steps = [step for step in STEPS if step.method == method and scores(runs, step.run)]
+    source = SOURCE[next(step.network for step in STEPS if step.method == method)]
     classes = next((run["classes"] for run in runs.values()), [])
     columns = {row: {seed: class_scores(matrix) for seed, matrix in matrices(runs, row).items()}
-               for row in {SOURCE[steps[0].network], *(row for step in steps for row in (step.run, step.control))}}
+               for row in {source, *(row for step in steps for row in (step.run, step.control))}}
     tested = [seed_scores for seeds in columns.values() for seed_scores in seeds.values()]
     occur = [k for k in range(len(classes)) if any(seed_scores[k] is not None for seed_scores in tested)]
 
@@ -181,7 +183,7 @@ def per_class(pairs: dict[str, Runs], name: str, method: str) -> str:
     for step in steps:
         head += [f"control, {step.name}", step.name, "gain"]
     for k in occur:
-        rows.append([classes[k], mean_text(list(of_class(SOURCE[steps[0].network], k).values()))])
+        rows.append([classes[k], mean_text(list(of_class(source, k).values()))])
         for step in steps:
             adapted, control = of_class(step.run, k), of_class(step.control, k)
             rows[-1] += [mean_text(list(control.values())), mean_text(list(adapted.values())),

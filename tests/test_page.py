@@ -83,8 +83,8 @@ def test_tables(pairs):
                          "| **SIM**, step 1 | 25.0 | 25.0 | -8.3 | -12 % |", "| **SIM**, step 2 | 33.3 | 33.3 | +0.0 | 0 % |",
                          "| target only, v2 | 100.0 | 100.0 100.0 |  |  |"]
     head, _, *rows = page.per_class(pairs, "toy", "FADA").splitlines()
-    assert head.startswith("| class | source only | control, adversarial | adversarial | gain | control, second setting |")
-    assert rows == [f"| {name} | 25.0 | 29.2 | 50.0 | +20.8 (+8.3 to +33.3) | 29.2 | - | - |" for name in ("road", "sky")]
+    assert head == "| class | source only | control, adversarial | adversarial | gain |"     # no second setting was run
+    assert rows == [f"| {name} | 25.0 | 29.2 | 50.0 | +20.8 (+8.3 to +33.3) |" for name in ("road", "sky")]
     assert page.labels(pairs, "toy").splitlines()[2:] == [                  # 9 of 12 and 10 of 10; 12 and 10 of 20
         "| FADA control, a/b | 100.0 | 50.0 | 100.0 |",
         "| FADA, a/b | 87.5 (75.0 to 100.0) | 55.0 (50.0 to 60.0) | 86.4 (72.9 to 100.0) |"]
@@ -183,7 +183,7 @@ def test_the_committed_scores_follow_from_their_matrices():
                 hit, occurs = counts.diagonal(), counts.sum(axis=1) > 0
                 miou = (hit / np.maximum(1, counts.sum(axis=0) + counts.sum(axis=1) - hit))[occurs].mean()
                 assert miou == pytest.approx(entry["mIoU present"], abs=1e-12), (path, stage)
-                assert occurs.sum() == 11 or content["pair"] == "toy", path         # of both domains of the rendered pairs
+                assert occurs.sum() == (19 if "toy" in content["pair"] else 11), path   # classes of both domains
 
 
 def test_the_committed_gains_by_hand():
